@@ -1,0 +1,1 @@
+"""The trainer: recipe, model, forward pass, reference, training loop, saving."""

@@ -1,0 +1,140 @@
+"""From a packed batch to per-token log-probs, inside one forward of the (wrapped) model.
+
+``bind`` gives a model a second way to be called, ``model(packed=batch)``. Everything from embeddings to log-probs then
+happens inside that one call, which is what data-parallel and sharding engines wrap. Called in any other way the model
+is what it was, so generation and saving do not notice.
+
+Two paths, one result:
+  shared    prompts once, the backbone with our masks, only response positions through the chunked head;
+  separate  every response with its own prompt through the model's own forward and full logits: for models whose
+            layers carry state along the line (Mamba, linear attention) or whose head we don't know.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from align.logps import HeadTransform, chunked_logps, head_parameters, logps_of_logits
+from align.masks import masks_for
+from data.pack import PADDING, PackedBatch
+
+
+def bind(model: nn.Module) -> None:
+    """Lets ``model(packed=batch)`` return log-probs; see ``score`` for what comes back."""
+    original = model.forward
+
+    def forward(self: nn.Module, *arguments: Any, packed: PackedBatch | None = None, **options: Any) -> Any:
+        if packed is None:
+            return original(*arguments, **options)
+        return score(self, packed)
+
+    model.forward = MethodType(forward, model)  # type: ignore[method-assign]
+
+
+def causal_lm(model: nn.Module) -> Any:
+    """The transformers model inside a peft wrapper, or the model itself."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if callable(get_base_model) else model
+
+
+def score(model: nn.Module, batch: PackedBatch) -> dict[str, Tensor]:
+    """Log-probs of the batch's response tokens.
+
+    Returns:
+        ``logps``: one per entry of ``batch.target``, nats, float32. For mixture-of-experts models also ``router``:
+        the load-balancing loss summed over the batch's sequences (a prompt with one response each).
+    """
+    return _shared(model, batch) if batch.shared else _separate(model, batch)
+
+
+def _shared(model: nn.Module, batch: PackedBatch) -> dict[str, Tensor]:
+    inner = causal_lm(model)
+    config = inner.config.get_text_config()
+    options = {"output_router_logits": True} if router_weight(config) else {}
+    outputs = _decoder(inner)(
+        input_ids=batch.input_ids,
+        attention_mask=masks_for(config, batch),
+        position_ids=batch.position_ids,
+        use_cache=False,
+        **options,
+    )
+    hidden = outputs.last_hidden_state.flatten(0, 1)[batch.source]  # (response, hidden)
+    weight, bias = head_parameters(inner.get_output_embeddings())
+    scores = {"logps": chunked_logps(hidden, weight, bias, batch.target, HeadTransform.of(config))}
+    if options:
+        scores["router"] = _router_loss(outputs.router_logits, batch, config)
+    return scores
+
+
+def _separate(model: nn.Module, batch: PackedBatch) -> dict[str, Tensor]:
+    inner = causal_lm(model)
+    config = inner.config.get_text_config()
+    options = {"output_router_logits": True} if router_weight(config) else {}
+    # The original forward, not the bound one: this call does not pass ``packed``.
+    outputs = model.forward(
+        input_ids=batch.input_ids,
+        attention_mask=(batch.row_ids != PADDING).long(),
+        use_cache=False,
+        **options,
+    )
+    scores = {"logps": logps_of_logits(outputs.logits.flatten(0, 1)[batch.source], batch.target)}
+    if options:
+        scores["router"] = _router_loss(outputs.router_logits, batch, config)
+    return scores
+
+
+def _decoder(inner: Any) -> Any:
+    decoder = inner.get_decoder()
+    if decoder is inner:
+        raise ValueError(f"{type(inner).__name__} has no decoder apart from its head")
+    return decoder
+
+
+def router_weight(config: Any) -> float:
+    """The model's coefficient of its router loss; 0 for models without routers."""
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    return float(getattr(config, "router_aux_loss_coef", None) or 0.0) if experts else 0.0
+
+
+def _router_loss(router_logits: tuple[Tensor, ...], batch: PackedBatch, config: Any) -> Float[Tensor, ""]:
+    """Load-balancing loss of every sequence, summed over sequences.
+
+        loss(sequence) = E · Σ_e f_e · P_e
+
+    f_e is how often expert e is among a token's top k (summed over the k choices), P_e its mean routing probability,
+    both over all layers and all tokens of one prompt with one response. It is taken per sequence, as the model itself
+    gives it when it sees that sequence alone, because a loss over a microbatch would depend on how a step is split.
+
+    References:
+        Fedus et al. 2021, arXiv:2101.03961, Eq. 4–6, with the top-k count of transformers' Mixtral.
+    """
+    experts = int(getattr(config, "num_local_experts", None) or config.num_experts)
+    logits = torch.stack([layer.reshape(-1, experts) for layer in router_logits])  # (layer, token, expert)
+    probabilities = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+    top = torch.topk(probabilities, int(config.num_experts_per_tok), dim=-1).indices
+    chosen = torch.zeros_like(probabilities).scatter(-1, top, 1.0).sum(0)  # (token, expert), choices over layers
+    routed = probabilities.sum(0)
+    row, leg = batch.row_ids.flatten(), batch.leg_ids.flatten()
+    total = logits.new_zeros((), dtype=probabilities.dtype)
+    for number in batch.rows.tolist():
+        for name in range(1, len(batch.legs) + 1):
+            member = (row == number) & ((leg == name) | (leg == 0))
+            if not batch.shared:  # each sequence is a line with its own copy of the prompt
+                lines = (batch.row_ids == number).any(1) & (batch.leg_ids == name).any(1)
+                member = (lines[:, None] & (batch.row_ids == number)).flatten()
+            tokens = member.sum() * len(router_logits)
+            total = total + experts * (chosen[member].sum(0) / tokens * routed[member].sum(0) / tokens).sum()
+    return total
+
+
+def dense(flat: Float[Tensor, " response"], batch: PackedBatch, leg: str) -> Float[Tensor, "row token"]:
+    """One leg's ``(row, token)`` matrix of the flat log-probs; zero outside its mask."""
+    place = batch.legs[leg]
+    if not len(batch.rows):
+        return flat.new_zeros(place.slot.shape)
+    return torch.where(place.mask, flat[place.slot], 0.0)

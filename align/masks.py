@@ -1,0 +1,73 @@
+"""Who may attend to whom in a packed line.
+
+A response attends to its row's prompt and to itself, never to another response or another row. A sliding window is
+measured in position ids, not in packed positions: the second response's first token is as near to its prompt as the
+first response's. Padding attends to itself alone, so that no softmax is taken over nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from data.pack import PADDING, PROMPT, PackedBatch
+
+
+def attention_mask(batch: PackedBatch, window: int | None = None) -> Bool[Tensor, "line 1 position position"]:
+    """True where the query (third axis) may attend to the key (fourth axis).
+
+    Args:
+        batch: a packed batch with shared prompts.
+        window: sliding window in tokens, the query itself included; None for full attention.
+    """
+    row, leg, position = batch.row_ids, batch.leg_ids, batch.position_ids
+    n = row.shape[1]
+    order = torch.arange(n, device=row.device)
+    causal = order[:, None] >= order[None, :]
+    visible = (leg[:, None, :] == PROMPT) | (leg[:, None, :] == leg[:, :, None])
+    mask = causal & visible & (row[:, None, :] == row[:, :, None]) & (row[:, None, :] != PADDING)
+    if window is not None:
+        mask &= position[:, :, None] - position[:, None, :] < window
+    return (mask | (order[:, None] == order[None, :]))[:, None]
+
+
+def block_mask(batch: PackedBatch, window: int | None = None) -> Any:
+    """The same rule as a FlexAttention block mask: blocks that hold nothing cost nothing."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    row, leg, position = batch.row_ids, batch.leg_ids, batch.position_ids
+
+    def visible(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        same = (row[b, q] == row[b, k]) & (row[b, k] != PADDING)
+        seen = same & (q >= k) & ((leg[b, k] == PROMPT) | (leg[b, k] == leg[b, q]))
+        if window is not None:
+            seen = seen & (position[b, q] - position[b, k] < window)
+        return seen | (q == k)
+
+    lines, n = row.shape
+    return create_block_mask(visible, B=lines, H=None, Q_LEN=n, KV_LEN=n, device=str(row.device))
+
+
+def additive_mask(batch: PackedBatch, window: int | None = None) -> Float[Tensor, "line 1 position position"]:
+    """The same rule as numbers to add to attention scores, which is what eager attention takes."""
+    mask = attention_mask(batch, window)
+    lowest = torch.finfo(torch.get_default_dtype()).min / 2  # two of them must not add up to −inf
+    return torch.zeros_like(mask, dtype=torch.get_default_dtype()).masked_fill(~mask, lowest)
+
+
+MAKERS = {"sdpa": attention_mask, "eager": additive_mask, "flex_attention": block_mask}
+"""Mask by attention implementation. Others cannot express the rule, and the model takes the plain path."""
+
+
+def masks_for(config: Any, batch: PackedBatch) -> Any:
+    """What a model's backbone takes as ``attention_mask``: one mask, or one for each kind of its layers."""
+    make = MAKERS[config._attn_implementation]
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds:
+        return {kind: make(batch, window if kind == "sliding_attention" else None) for kind in sorted(kinds)}
+    uses_window = window is not None and getattr(config, "use_sliding_window", True)
+    return make(batch, window if uses_window else None)

@@ -1,0 +1,211 @@
+"""Packed batches: what one forward pass sees, and the index that turns it back into dense legs.
+
+Shared prompts: a row is laid out as ``prompt, response 1, response 2, …`` in one line; position ids of every response
+restart after the prompt. ``source[i]`` is the flat position whose next-token distribution predicts response token i:
+the last prompt position for a response's first token (shared by all responses), the position before it after that.
+
+    line      x0 x1 x2 | a0 a1 a2 | b0 b1
+    position   0  1  2    3  4  5    3  4
+    source of a0, b0 is x2; of a1 is a0; of b1 is b0
+
+Separate sequences (``share=False``): every response is a line of its own with its own copy of the prompt, which any
+causal model can compute through its own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from data.store import TokenTable
+from objectives.output import Counts
+
+PADDING = -1
+PROMPT = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedLeg:
+    """Where one leg's dense matrix finds its entries in the flat list of response tokens."""
+
+    slot: Int[Tensor, "row token"]
+    """Index into the flat response tokens; 0 where ``mask`` is False."""
+    mask: Bool[Tensor, "row token"]
+    tokens: Int[Tensor, "row token"]
+    ref_logps: Float[Tensor, "row token"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """One microbatch of one rank."""
+
+    input_ids: Int[Tensor, "line position"]
+    position_ids: Int[Tensor, "line position"]
+    row_ids: Int[Tensor, "line position"]
+    """Which row a position belongs to; −1 is padding."""
+    leg_ids: Int[Tensor, "line position"]
+    """0 for prompt positions, 1, 2, … for the legs, −1 for padding."""
+    source: Int[Tensor, " response"]
+    """Flat position (line-major) that predicts each response token."""
+    target: Int[Tensor, " response"]
+    """The response tokens, leg by leg, row by row."""
+    legs: Mapping[str, PackedLeg]
+    shared: bool
+    """Whether a line holds a prompt once with all its responses."""
+    rows: Int[Tensor, " row"]
+    """Row numbers in the table; none for a dummy batch, whose one line has zero weight."""
+    counts: Counts
+    """What the **whole optimizer step** holds, all microbatches and ranks."""
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch on another device."""
+
+        def move(value: object) -> object:
+            if isinstance(value, Tensor):
+                return value.to(device, non_blocking=True)
+            if isinstance(value, PackedLeg):
+                return PackedLeg(**{f.name: move(getattr(value, f.name)) for f in fields(value)})  # type: ignore[arg-type]
+            if isinstance(value, dict):
+                return {key: move(entry) for key, entry in value.items()}
+            return value
+
+        return PackedBatch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})  # type: ignore[arg-type]
+
+    @property
+    def useful_tokens(self) -> int:
+        """Prompt tokens once plus response tokens; none for a dummy."""
+        return int((self.row_ids != PADDING).sum()) if len(self.rows) else 0
+
+
+References = Mapping[str, Sequence[np.ndarray]]
+"""By leg and row number: the reference's log-probs of that response."""
+
+
+def pack(
+    table: TokenTable,
+    rows: Sequence[int] | np.ndarray,
+    *,
+    share: bool,
+    kind: str = "bucket",
+    counts: Counts,
+    references: References | None = None,
+) -> PackedBatch:
+    """Lays rows out for one forward pass.
+
+    Args:
+        table: token ids.
+        rows: row numbers; none makes a dummy batch of the table's shortest row with zero rows for the objective.
+        share: whether responses share their prompt's positions.
+        kind: ``bucket`` (a line per row or sequence) or ``pack`` (one line; only with ``share``).
+        counts: of the whole step.
+        references: cached reference log-probs to put beside the tokens.
+    """
+    assert share or kind == "bucket", "separate sequences are lines of their own"
+    numbers = [int(row) for row in rows]
+    laid_out = numbers or [int(np.argmin(table.shared_lengths()))]
+    lines: list[_Line] = []
+    spans: dict[str, list[tuple[int, int, int]]] = {
+        leg: [] for leg in table.legs
+    }  # (line, start, last prompt position)
+    for row in laid_out:
+        prompt = table.prompts[row]
+        if share:
+            if not lines or kind == "bucket":
+                lines.append(_Line())
+            line, at = lines[-1], len(lines) - 1
+            last_prompt = line.add(prompt, row, PROMPT, 0) + len(prompt) - 1
+            for number, (name, leg) in enumerate(table.legs.items(), start=1):
+                spans[name].append((at, line.add(leg[row], row, number, len(prompt)), last_prompt))
+        else:
+            for number, (name, leg) in enumerate(table.legs.items(), start=1):
+                lines.append(_Line())
+                last_prompt = lines[-1].add(prompt, row, PROMPT, 0) + len(prompt) - 1
+                start = lines[-1].add(leg[row], row, number, len(prompt))
+                spans[name].append((len(lines) - 1, start, last_prompt))
+    width = max(line.length for line in lines)
+    source, target, legs = _index(table, numbers, spans, width, references)
+    return PackedBatch(
+        input_ids=_stack(lines, "ids", width, 0),
+        position_ids=_stack(lines, "positions", width, 0),
+        row_ids=_stack(lines, "rows", width, PADDING),
+        leg_ids=_stack(lines, "legs", width, PADDING),
+        source=source,
+        target=target,
+        legs=legs,
+        shared=share,
+        rows=torch.tensor(numbers, dtype=torch.long),
+        counts=counts,
+    )
+
+
+class _Line:
+    """One line of a batch while it is being laid out."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.parts: dict[str, list[np.ndarray]] = {"ids": [], "positions": [], "rows": [], "legs": []}
+
+    def add(self, tokens: np.ndarray, row: int, leg: int, first_position: int) -> int:
+        """Appends tokens and returns where they start."""
+        start, n = self.length, len(tokens)
+        self.parts["ids"].append(tokens)
+        self.parts["positions"].append(np.arange(first_position, first_position + n))
+        self.parts["rows"].append(np.full(n, row))
+        self.parts["legs"].append(np.full(n, leg))
+        self.length += n
+        return start
+
+
+def _stack(lines: Sequence[_Line], part: str, width: int, fill: int) -> Int[Tensor, "line position"]:
+    out = np.full((len(lines), width), fill, dtype=np.int64)
+    for i, line in enumerate(lines):
+        out[i, : line.length] = np.concatenate(line.parts[part])
+    return torch.from_numpy(out)
+
+
+def _index(
+    table: TokenTable,
+    rows: Sequence[int],
+    spans: Mapping[str, Sequence[tuple[int, int, int]]],
+    width: int,
+    references: References | None,
+) -> tuple[Int[Tensor, " response"], Int[Tensor, " response"], dict[str, PackedLeg]]:
+    sources: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    legs: dict[str, PackedLeg] = {}
+    flat = 0
+    for name, leg in table.legs.items():
+        lengths = [len(leg[row]) for row in rows]
+        shape = (len(rows), max(lengths, default=1))
+        slot, tokens = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        mask, ref = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=np.float32)
+        for i, row in enumerate(rows):
+            line, start, last_prompt = spans[name][i]
+            n = lengths[i]
+            # The first response token is predicted from the last prompt position, which all legs share;
+            # every later one from the position before it.
+            sources.append(line * width + np.concatenate([[last_prompt], np.arange(start, start + n - 1)]))
+            targets.append(leg[row])
+            slot[i, :n], mask[i, :n], tokens[i, :n] = np.arange(flat, flat + n), True, leg[row]
+            if references is not None:
+                ref[i, :n] = references[name][row]
+            flat += n
+        legs[name] = PackedLeg(
+            slot=torch.from_numpy(slot),
+            mask=torch.from_numpy(mask),
+            tokens=torch.from_numpy(tokens),
+            ref_logps=None if references is None else torch.from_numpy(ref),
+        )
+    if not rows:  # the dummy's forward still yields one log-prob, so that its backward reaches every parameter
+        line, start, last_prompt = next(iter(spans.values()))[0]
+        sources, targets = [np.array([line * width + last_prompt])], [np.array([0])]
+    return (
+        torch.from_numpy(np.concatenate(sources).astype(np.int64)),
+        torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+        legs,
+    )

@@ -1,0 +1,128 @@
+"""Which rows are computed together, decided before training.
+
+All lengths are known, so every optimizer step is planned: its rows are split into ``world × G`` bins of nearly equal
+cost under the token budget. G, the microbatches per step, is one number for the run: the smallest that always fits.
+A plan depends only on its arguments, so resuming recomputes it, and every rank computes the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from data.errors import DataError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How many positions a bin of rows takes.
+
+    ``bucket``: one row per line, padded to the longest (attention masks on CPU). ``pack``: rows end to end.
+    """
+
+    kind: str
+
+    def __post_init__(self) -> None:
+        assert self.kind in ("bucket", "pack"), self.kind
+
+    def bins_under(self, lengths: np.ndarray, budget: int) -> list[int]:
+        """Greedy split of ascending ``lengths`` into runs that take at most ``budget`` positions.
+
+        Returns:
+            The end of each run. Longer rows come last, so a run's width is its last length.
+        """
+        ends: list[int] = []
+        start = total = 0
+        for i, length in enumerate(lengths.tolist()):
+            total += length
+            taken = (i + 1 - start) * length if self.kind == "bucket" else total
+            if taken > budget and i > start:
+                ends.append(i)
+                start, total = i, length
+        ends.append(len(lengths))
+        return ends
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows of every epoch, step, microbatch and rank."""
+
+    lengths: np.ndarray
+    """Positions each row takes when its prompt is shared by its responses."""
+    rows_per_step: int
+    token_budget: int
+    """Positions of one microbatch on one rank, at most."""
+    epochs: int
+    world: int
+    layout: Layout
+    seed: int
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        longest = int(self.lengths.max(initial=0))
+        if longest > self.token_budget:
+            raise DataError(
+                f"train.token_budget {self.token_budget} is smaller than the longest row ({longest} positions, its "
+                f"prompt counted once); set it to at least {longest} or lower data.max_length"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch; the last one may hold fewer rows."""
+        return -(-len(self.lengths) // self.rows_per_step)
+
+    @cached_property
+    def microbatches(self) -> int:
+        """G: microbatches per step on every rank."""
+        needed = 1
+        for epoch in range(self.epochs):
+            for rows in self._steps(epoch):
+                ends = self.layout.bins_under(self.lengths[rows], self.token_budget)
+                needed = max(needed, -(-len(ends) // self.world))
+        return needed
+
+    def _steps(self, epoch: int) -> Iterator[np.ndarray]:
+        """Row numbers of each step, by ascending length."""
+        order = np.arange(len(self.lengths))
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, epoch]).permutation(order)
+        for start in range(0, len(order), self.rows_per_step):
+            rows = order[start : start + self.rows_per_step]
+            yield rows[np.argsort(self.lengths[rows], kind="stable")]
+
+    def epoch(self, number: int) -> list[list[list[np.ndarray]]]:
+        """``[step][microbatch][rank]`` to row numbers; bins that stay empty are empty arrays.
+
+        Neighbouring bins hold rows of similar length and are computed at the same time on different ranks.
+        """
+        plan: list[list[list[np.ndarray]]] = []
+        for rows in self._steps(number):
+            bins = self._balanced(rows)
+            plan.append([bins[g * self.world : (g + 1) * self.world] for g in range(self.microbatches)])
+        return plan
+
+    def _balanced(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Exactly ``world × G`` bins, the most expensive one as cheap as a split by length allows."""
+        lengths, most = self.lengths[rows], self.world * self.microbatches
+        low, high = int(lengths.max()), self.token_budget
+        while low < high:  # the smallest budget under which the greedy split needs no more bins than there are
+            middle = (low + high) // 2
+            if len(self.layout.bins_under(lengths, middle)) <= most:
+                high = middle
+            else:
+                low = middle + 1
+        ends = self.layout.bins_under(lengths, low)
+        bins = [rows[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+        return bins + [rows[:0]] * (most - len(bins))
+
+    def costliest(self) -> np.ndarray:
+        """The bin of the first epoch that takes the most positions: run it first, and memory fails then or never."""
+        bins = [rows for step in self.epoch(0) for microbatch in step for rows in microbatch if len(rows)]
+        return max(bins, key=lambda rows: self.positions(rows))
+
+    def positions(self, rows: Sequence[int] | np.ndarray) -> int:
+        """Positions a bin takes, padding included."""
+        lengths = self.lengths[np.asarray(rows)]
+        return int(lengths.max() * len(lengths) if self.layout.kind == "bucket" else lengths.sum())

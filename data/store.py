@@ -1,0 +1,141 @@
+"""Tokenised rows on disk: prepared once, cached by content, shared by all ranks.
+
+Rows live as flat arrays that are memory-mapped, so that eight ranks of a node share one copy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from data.tokens import TokenRow
+
+FORMAT = 1
+"""Raise when the meaning of stored arrays changes; older caches are then not found."""
+
+
+def cache_dir() -> Path:
+    """``ALIGN_CACHE``, or ``~/.cache/align``."""
+    return Path(os.environ.get("ALIGN_CACHE") or Path.home() / ".cache" / "align")
+
+
+def digest(*parts: object) -> str:
+    """A 128-bit content hash of JSON-able parts and bytes, in hex."""
+    state = xxhash.xxh3_128()
+    for part in parts:
+        raw = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, ensure_ascii=False).encode()
+        state.update(len(raw).to_bytes(8, "little"))
+        state.update(raw)
+    return state.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """Sequences of unequal length as one flat array and offsets."""
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def lengths(self) -> np.ndarray:
+        """Length of every sequence."""
+        return np.diff(self.offsets)
+
+    @staticmethod
+    def of(sequences: Sequence[Sequence[int]]) -> Ragged:
+        """Packs lists of token ids."""
+        offsets = np.concatenate([[0], np.cumsum([len(s) for s in sequences], dtype=np.int64)]).astype(np.int64)
+        flat = np.fromiter((t for s in sequences for t in s), dtype=np.int32, count=int(offsets[-1]))
+        return Ragged(flat, offsets)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTable:
+    """All rows of a dataset as token ids."""
+
+    prompts: Ragged
+    legs: Mapping[str, Ragged]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @staticmethod
+    def of(rows: Sequence[TokenRow], legs: Sequence[str]) -> TokenTable:
+        """Packs token rows; every row has every leg."""
+        return TokenTable(
+            Ragged.of([row.prompt for row in rows]), {leg: Ragged.of([row.legs[leg] for row in rows]) for leg in legs}
+        )
+
+    def shared_lengths(self) -> np.ndarray:
+        """Positions of every row when its prompt is computed once."""
+        return self.prompts.lengths() + sum(leg.lengths() for leg in self.legs.values())
+
+    def separate_lengths(self) -> np.ndarray:
+        """Positions of every row when each response is a sequence of its own, padded to its longest."""
+        longest = np.max([leg.lengths() for leg in self.legs.values()], axis=0)
+        return (self.prompts.lengths() + longest) * len(self.legs)
+
+    def take(self, rows: np.ndarray) -> TokenTable:
+        """The given rows, in the given order."""
+
+        def pick(ragged: Ragged) -> Ragged:
+            return Ragged.of([ragged[int(row)].tolist() for row in rows])
+
+        return TokenTable(pick(self.prompts), {name: pick(leg) for name, leg in self.legs.items()})
+
+    def fingerprint(self) -> str:
+        """Content hash of all token ids and boundaries."""
+        return digest(*(part for name, ragged in self._arrays() for part in (name, ragged.tobytes())))
+
+    def leg_fingerprint(self, leg: str) -> str:
+        """Content hash of the prompts and one leg: what that leg's log-probs depend on."""
+        arrays = (self.prompts.values, self.prompts.offsets, self.legs[leg].values, self.legs[leg].offsets)
+        return digest(*(array.tobytes() for array in arrays))
+
+    def _arrays(self) -> list[tuple[str, np.ndarray]]:
+        arrays = [("prompt.values", self.prompts.values), ("prompt.offsets", self.prompts.offsets)]
+        for name, leg in sorted(self.legs.items()):
+            arrays += [(f"leg.{name}.values", leg.values), (f"leg.{name}.offsets", leg.offsets)]
+        return arrays
+
+    def save(self, folder: Path) -> None:
+        """Writes the arrays as ``.npy`` files."""
+        for name, array in self._arrays():
+            np.save(folder / f"{name}.npy", array)
+
+    @staticmethod
+    def load(folder: Path) -> TokenTable:
+        """Maps the arrays of a folder that ``save`` wrote."""
+
+        def ragged(name: str) -> Ragged:
+            return Ragged(*(np.load(folder / f"{name}.{part}.npy", mmap_mode="r") for part in ("values", "offsets")))
+
+        legs = sorted(path.name.split(".")[1] for path in folder.glob("leg.*.values.npy"))
+        return TokenTable(ragged("prompt"), {leg: ragged(f"leg.{leg}") for leg in legs})
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Makes ``folder`` appear complete or not at all: ``fill`` gets a temporary one, which is renamed at the end."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        fill(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

@@ -1,0 +1,103 @@
+"""Legs: per-token log-probabilities of the responses, after the model is gone.
+
+The forward pass packs; what arrives here is dense ``(row, token)`` matrices, so that an objective is written as if
+batches were simply padded. What lies outside ``mask`` is never read, NaN included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from objectives.output import Counts
+
+
+def masked_sum(values: Float[Tensor, "row token"], mask: Bool[Tensor, "row token"]) -> Float[Tensor, " row"]:
+    """Sums over tokens where ``mask`` holds; what lies elsewhere, NaN included, has no effect."""
+    return torch.where(mask, values, 0.0).sum(dim=-1)  # not values * mask: NaN * 0 is NaN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leg:
+    """One kind of response (chosen, rejected, gold, …) for every row of a batch."""
+
+    logps: Float[Tensor, "row token"]
+    """Policy log-probabilities, nats, float32 (float64 in tests)."""
+    mask: Bool[Tensor, "row token"]
+    """True on response tokens, the end-of-turn token included."""
+    tokens: Int[Tensor, "row token"]
+    """Token ids, for token weights that hash them."""
+    ref_logps: Float[Tensor, "row token"] | None = None
+    """Log-probabilities under the frozen reference; None unless the objective needs them."""
+    weight: Float[Tensor, "row token"] | None = None
+    """Weight of each token in likelihood terms, ≥ 0; None means 1 everywhere."""
+
+    def length(self) -> Float[Tensor, " row"]:
+        """Response tokens of each row."""
+        return self.mask.sum(dim=-1).to(self.logps.dtype)
+
+    def sum_logps(self) -> Float[Tensor, " row"]:
+        """log π_θ(y|x), summed over tokens, nats."""
+        return masked_sum(self.logps, self.mask)
+
+    def mean_logps(self) -> Float[Tensor, " row"]:
+        """log π_θ(y|x) / |y|; 0 for an empty response."""
+        return self.sum_logps() / self.length().clamp(min=1)
+
+    def ref_sum_logps(self) -> Float[Tensor, " row"]:
+        """log π_ref(y|x), summed over tokens, nats, without gradient."""
+        if self.ref_logps is None:
+            raise ValueError("this leg has no reference log-probs; the objective must declare Needs(reference=True)")
+        return masked_sum(self.ref_logps.detach(), self.mask)
+
+    def logratio(self) -> Float[Tensor, " row"]:
+        """log π_θ(y|x) − log π_ref(y|x), summed over tokens, nats."""
+        return self.sum_logps() - self.ref_sum_logps()
+
+    def nll(self) -> Float[Tensor, " row"]:
+        """−Σ_t weight_t · log π_θ(y_t|x, y_<t), nats: the likelihood terms' sum."""
+        if self.weight is None:
+            return -self.sum_logps()
+        # A weight of zero also drops tokens whose log-prob is −inf: 0 · inf would be NaN.
+        counted = self.mask & (self.weight != 0)
+        return -masked_sum(torch.where(counted, self.logps, 0.0) * self.weight, counted)
+
+    def counted_tokens(self) -> float:
+        """How many tokens likelihood terms average over: those of ``mask`` whose weight is not zero."""
+        counted = self.mask if self.weight is None else self.mask & (self.weight != 0)
+        return float(counted.sum())
+
+
+def _no_state() -> Mapping[str, Tensor]:
+    return MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LegBatch:
+    """The legs of some rows, and the objective's state as it was after the step before."""
+
+    legs: Mapping[str, Leg]
+    state: Mapping[str, Tensor] = field(default_factory=_no_state)
+
+    def __getitem__(self, name: str) -> Leg:
+        if name not in self.legs:
+            raise KeyError(f"no leg {name!r} here, only {list(self.legs)}: declare it in Needs(legs=...)")
+        return self.legs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.legs)
+
+    @property
+    def rows(self) -> int:
+        """How many rows the batch holds."""
+        return next(iter(self.legs.values())).logps.shape[0]
+
+    def counts(self) -> Counts:
+        """What this batch holds of each unit a term can be averaged over."""
+        tokens = {f"{name}.token": leg.counted_tokens() for name, leg in self.legs.items()}
+        return {"row": float(self.rows), **tokens}

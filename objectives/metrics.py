@@ -1,0 +1,36 @@
+"""Metrics that several objectives share, under the names dashboards already read."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from objectives.batch import LegBatch
+from objectives.output import Mean
+
+
+def preference_metrics(
+    batch: LegBatch, chosen: Float[Tensor, " row"], rejected: Float[Tensor, " row"]
+) -> dict[str, Mean]:
+    """What every pairwise objective logs.
+
+    Args:
+        batch: supplies the policy's log-probs of both legs.
+        chosen, rejected: rewards of the two responses, in the objective's own unit.
+    Returns:
+        Rewards, margins, accuracies (a tie counts one half), and summed log-probs of both legs.
+    """
+    chosen, rejected = chosen.detach(), rejected.detach()
+    margins = chosen - rejected
+    metrics = {
+        "rewards/chosen": Mean.of(chosen),
+        "rewards/rejected": Mean.of(rejected),
+        "rewards/margins": Mean.of(margins),
+        "rewards/accuracies": Mean.of((torch.sign(margins) + 1) / 2),
+    }
+    for name in ("chosen", "rejected"):
+        metrics[f"logps/{name}"] = Mean.of(batch[name].sum_logps())
+        if batch[name].ref_logps is not None:
+            metrics[f"displacement/{name}"] = Mean.of(batch[name].logratio())
+    return metrics

@@ -1,0 +1,110 @@
+"""Several objectives in one loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from objectives.batch import LegBatch
+from objectives.needs import Needs, Objective, Stateful
+from objectives.output import Mean, Output, Term
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture:
+    """A weighted sum of objectives; one objective is a mixture of one.
+
+        loss = Σ_k weight_k · loss_k
+
+    Weights are used as they are, not normalised. Each part sees only what it declared. Names of terms and metrics get
+    the part's name in front where two parts would share one.
+    """
+
+    parts: Mapping[str, Objective]
+    """Objective by name; names are unique (``dpo``, ``sft``, ``sft.2``)."""
+    weights: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        assert self.parts.keys() == self.weights.keys()
+
+    @property
+    def needs(self) -> Needs:
+        """The union of what the parts need, legs in order of first mention."""
+        each = [part.needs for part in self.parts.values()]
+        legs = dict.fromkeys(leg for needs in each for leg in needs.legs)
+        return Needs(legs=tuple(legs), reference=any(needs.reference for needs in each))
+
+    @property
+    def step0(self) -> float | None:
+        """Known only where every part's is."""
+        total = 0.0
+        for name, part in self.parts.items():
+            if part.step0 is None:
+                return None
+            total += self.weights[name] * part.step0
+        return total
+
+    def view(self, name: str, batch: LegBatch) -> LegBatch:
+        """The batch as part ``name`` may see it: its legs, its state, and a reference only if declared."""
+        needs = self.parts[name].needs
+        legs = {leg: batch[leg] if needs.reference else replace(batch[leg], ref_logps=None) for leg in needs.legs}
+        prefix = f"{name}/"
+        state = {key.removeprefix(prefix): value for key, value in batch.state.items() if key.startswith(prefix)}
+        return LegBatch(legs=legs, state=state)
+
+    def __call__(self, batch: LegBatch) -> Output:
+        outputs = {name: part(self.view(name, batch)) for name, part in self.parts.items()}
+        terms: dict[str, Term] = {}
+        metrics: dict[str, Mean] = {}
+        for name, output in outputs.items():
+            for key, term in output.terms.items():
+                weighted = replace(term, coef=term.coef * self.weights[name])
+                terms[self._unique(name, key, [o.terms for o in outputs.values()])] = weighted
+            for key, metric in output.metrics.items():
+                metrics[self._unique(name, key, [o.metrics for o in outputs.values()])] = metric
+        return Output(terms=terms, metrics=metrics)
+
+    def init_state(self) -> dict[str, Tensor]:
+        """The states of all stateful parts, keyed ``<part>/<name>``."""
+        return {
+            f"{name}/{key}": value
+            for name, part in self.parts.items()
+            if isinstance(part, Stateful)
+            for key, value in part.init_state().items()
+        }
+
+    def observe(self, batch: LegBatch) -> dict[str, Tensor]:
+        """What stateful parts want summed over the step."""
+        return {
+            f"{name}/{key}": value
+            for name, part in self.parts.items()
+            if isinstance(part, Stateful)
+            for key, value in part.observe(self.view(name, batch)).items()
+        }
+
+    def update(self, state: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The next state of all stateful parts."""
+        updated: dict[str, Tensor] = {}
+        for name, part in self.parts.items():
+            if isinstance(part, Stateful):
+                mine = {key.removeprefix(f"{name}/"): state[key] for key in state if key.startswith(f"{name}/")}
+                seen = {key.removeprefix(f"{name}/"): observed[key] for key in observed if key.startswith(f"{name}/")}
+                updated |= {f"{name}/{key}": value for key, value in part.update(mine, seen).items()}
+        return updated
+
+    @staticmethod
+    def _unique(part: str, key: str, all_keys: list[Mapping[str, object]]) -> str:
+        return key if sum(key in keys for keys in all_keys) == 1 else f"{part}/{key}"
+
+
+def mixture(objectives: list[tuple[str, Objective, float]]) -> Mixture:
+    """A mixture of ``(name, objective, weight)``; a name that occurs again gets a number."""
+    parts: dict[str, Objective] = {}
+    weights: dict[str, float] = {}
+    for name, objective, weight in objectives:
+        same = sum(key == name or key.startswith(f"{name}.") for key in parts)
+        unique = name if not same else f"{name}.{same + 1}"
+        parts[unique], weights[unique] = objective, weight
+    return Mixture(parts=parts, weights=weights)

@@ -1,0 +1,40 @@
+"""What every test starts from: no network, fixed seeds, few threads, the same examples on each run."""
+
+from __future__ import annotations
+
+import os
+import random
+
+# Before anything imports transformers or tokenizers: they read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+from tests.support import SHARED
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+# Derandomized, so that a red run is red again; without a deadline, because a busy machine is not a fault.
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, max_examples=20)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _same_seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of models and data sets that are too large for the repository; tests that need it skip without it."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no folder {SHARED}: set ALIGN_SHARED to where models and data sets lie")
+    return SHARED
