@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 360, 196
@@ -36,21 +37,26 @@ class Series:
 
     @property
     def last(self) -> float:
-        """The last finite value, or NaN."""
-        return next((value for value in reversed(self.values) if math.isfinite(value)), math.nan)
+        """The last finite value, of the moving mean where one is drawn; NaN if there is none."""
+        points = list(zip(self.steps, self.values, strict=True))
+        drawn = _moving_mean(points) if len(points) >= SMOOTH_FROM else points
+        return next((value for _, value in reversed(drawn) if math.isfinite(value)), math.nan)
 
 
 def show_number(value: float) -> str:
-    """Four significant digits, thin thousands, a real minus sign: −38.22, 12 040, 5e-07."""
+    """Four significant digits, counts whole, thin thousands, a real minus sign: −38.22, 12 040, 5e−7."""
     if not math.isfinite(value):
         return "not finite"
-    if value != 0 and not 1e-3 <= abs(value) < 1e6:
-        text = f"{value:.3g}"
-    elif abs(value) >= 1e4:
+    if isinstance(value, int) or 1e4 <= abs(value) < 1e9:
         text = f"{value:,.0f}".replace(",", "\u202f")
     else:
-        text = f"{value:.4g}"
-    return "−" + text[1:] if text.startswith("-") else text
+        text = _short_exponent(f"{value:.4g}")
+    return text.replace("-", "−")
+
+
+def _short_exponent(text: str) -> str:
+    digits, e, exponent = text.partition("e")
+    return f"{digits}e{int(exponent)}" if e else digits
 
 
 def show_share(value: float) -> str:
@@ -58,8 +64,8 @@ def show_share(value: float) -> str:
     return f"{100 * value:.1f} %".replace("-", "−") if math.isfinite(value) else "not finite"
 
 
-def ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Round numbers in [low, high], in steps of 1, 2 or 5 times a power of ten."""
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers in [low, high], in steps of 1, 2 or 5 times a power of ten; ``about`` of them or fewer."""
     span = (high - low) / about
     power = 10.0 ** math.floor(math.log10(span))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= span * 0.999)
@@ -131,11 +137,15 @@ def whisker(value: float, low: float, high: float, *, span: tuple[float, float],
     )
 
 
-def _line(s: Series, x: Callable[[float], float], y: Callable[[float], float], show: Callable[[float], str]) -> list[str]:
+def _line(
+    s: Series, x: Callable[[float], float], y: Callable[[float], float], show: Callable[[float], str]
+) -> list[str]:
     parts: list[str] = []
     points = [(step, value) for step, value in zip(s.steps, s.values, strict=True)]
     if s.low is not None and s.high is not None:
-        band = [(a, b, c) for a, b, c in zip(s.steps, s.low, s.high, strict=True) if math.isfinite(b) and math.isfinite(c)]
+        band = [
+            (a, b, c) for a, b, c in zip(s.steps, s.low, s.high, strict=True) if math.isfinite(b) and math.isfinite(c)
+        ]
         outline = [(x(a), y(c)) for a, _, c in band] + [(x(a), y(b)) for a, b, _ in reversed(band)]
         if len(band) > 1:
             parts.append(f'<polygon class="band c{s.colour}" points="{_join(outline)}"/>')
@@ -150,7 +160,7 @@ def _line(s: Series, x: Callable[[float], float], y: Callable[[float], float], s
     if smooth:
         for run in _unbroken(_thin(_moving_mean(points))):
             parts.append(f'<polyline class="line c{s.colour}" points="{_join([(x(a), y(b)) for a, b in run])}"/>')
-    elif len(points) <= 40:
+    elif len(points) <= 40 and not s.dashed:
         parts += [
             f'<circle class="dot c{s.colour}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="{2.6 if s.low is not None else 1.7}">'
             f"<title>{escape(s.label)}, step {a:g}: {escape(show(b))}</title></circle>"
@@ -183,7 +193,13 @@ def _log_ticks(low: float, high: float) -> list[float]:
 def _tick(value: float, share: bool) -> str:
     if share:
         return f"{100 * value:.3g} %".replace("-", "−")
-    text = "0" if abs(value) < 1e-12 else f"{value / 1000:.4g}k" if 1e4 <= abs(value) < 1e6 else f"{value:.4g}"
+    text = (
+        "0"
+        if abs(value) < 1e-12
+        else f"{value / 1000:.4g}k"
+        if 1e4 <= abs(value) < 1e6
+        else _short_exponent(f"{value:.4g}")
+    )
     return text.replace("-", "−")
 
 
@@ -201,11 +217,14 @@ def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _moving_mean(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     reach = max(2, len(points) // 50)
-    smooth: list[tuple[float, float]] = []
-    for index, (step, value) in enumerate(points):
-        window = [v for _, v in points[max(0, index - reach) : index + reach + 1] if math.isfinite(v)]
-        smooth.append((step, sum(window) / len(window) if math.isfinite(value) else math.nan))
-    return smooth
+    values = np.array([value for _, value in points])
+    finite = np.isfinite(values)
+    # Sums over windows as differences of running sums: a window that slides costs nothing however wide it is.
+    total, count = (np.concatenate([[0.0], np.cumsum(v)]) for v in (np.where(finite, values, 0.0), finite))
+    start = np.maximum(np.arange(len(values)) - reach, 0)
+    stop = np.minimum(np.arange(len(values)) + reach + 1, len(values))
+    means = np.where(finite, (total[stop] - total[start]) / np.maximum(count[stop] - count[start], 1), np.nan)
+    return [(step, float(mean)) for (step, _), mean in zip(points, means, strict=True)]
 
 
 def _unbroken(points: list[tuple[float, float]]) -> list[list[tuple[float, float]]]:

@@ -14,13 +14,13 @@ References:
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy import stats as scipy_stats
 
 from evals.results import Result
-from objectives.stats import Estimate, beats, clustered_stderr, mean_with_interval
+from objectives.stats import Estimate, beats, clustered_stderr, mean_with_interval, wilson
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,25 +34,25 @@ class Metric:
 
 METRICS: Mapping[str, Metric] = {
     "ranking/accuracy": Metric("Policy gives the chosen response more probability", "share"),
-    "ranking/accuracy_per_token": Metric("The same, per token", "share"),
-    "ranking/strict": Metric("The same, summed, with a tie counted as wrong", "share"),
-    "ranking/strict_per_token": Metric("The same, per token, with a tie counted as wrong", "share"),
+    "ranking/accuracy_per_token": Metric("Policy gives the chosen response more probability per token", "share"),
+    "ranking/strict": Metric("As ranking/accuracy, with a tie counted as wrong", "share"),
+    "ranking/strict_per_token": Metric("As ranking/accuracy_per_token, with a tie counted as wrong", "share"),
     "ranking/ties": Metric("Pairs the policy ties", "share"),
-    "ranking/ties_per_token": Metric("Pairs the policy ties, per token", "share"),
+    "ranking/ties_per_token": Metric("Pairs the policy ties per token", "share"),
     "ranking/reference": Metric("Reference gives the chosen response more probability", "share"),
-    "ranking/reference_per_token": Metric("The same, per token", "share"),
-    "ranking/gain": Metric("Policy minus reference, on the same pairs", "points"),
+    "ranking/reference_per_token": Metric("Reference gives the chosen response more probability per token", "share"),
+    "ranking/gain": Metric("Ranking accuracy, policy minus reference on the same pairs", "points"),
     "rewards/accuracies": Metric("Policy raised the chosen response more than the rejected one", "share"),
     "displacement/chosen": Metric("Change of log-prob of the chosen response", "nats"),
     "displacement/rejected": Metric("Change of log-prob of the rejected response", "nats"),
-    "displacement/chosen_per_token": Metric("Change of log-prob of the chosen response, per token", "nats"),
-    "displacement/rejected_per_token": Metric("Change of log-prob of the rejected response, per token", "nats"),
+    "displacement/chosen_per_token": Metric("Change of log-prob of the chosen response per token", "nats"),
+    "displacement/rejected_per_token": Metric("Change of log-prob of the rejected response per token", "nats"),
     "displacement/chosen_fell": Metric("Chosen responses that became less probable", "share"),
     "displacement/both_fell": Metric("Pairs of which both responses became less probable", "share"),
-    "flow/right_to_right": Metric("Ranked rightly by the reference and by the policy", "share"),
-    "flow/wrong_to_right": Metric("Ranked wrongly by the reference, rightly by the policy", "share"),
-    "flow/right_to_wrong": Metric("Ranked rightly by the reference, wrongly by the policy", "share"),
-    "flow/wrong_to_wrong": Metric("Ranked wrongly by the reference and by the policy", "share"),
+    "flow/right_to_right": Metric("Right with the reference, right with the policy", "share"),
+    "flow/wrong_to_right": Metric("Wrong with the reference, right with the policy", "share"),
+    "flow/right_to_wrong": Metric("Right with the reference, wrong with the policy", "share"),
+    "flow/wrong_to_wrong": Metric("Wrong with the reference, wrong with the policy", "share"),
 }
 """Every metric of this module."""
 
@@ -122,7 +122,9 @@ def rank(pairs: Pairs) -> Ranking:
     keep = pairs.usable()
     dropped = int(len(keep) - keep.sum())
     if not keep.any():
-        raise ValueError(f"none of {len(keep)} pairs can be ranked: each has an empty response or a non-finite log-prob")
+        raise ValueError(
+            f"none of {len(keep)} pairs can be ranked: each has an empty response or a non-finite log-prob"
+        )
     prompts = [prompt for prompt, kept in zip(pairs.prompts, keep, strict=True) if kept]
     chosen, rejected = _float(pairs.policy_chosen, keep), _float(pairs.policy_rejected, keep)
     tokens_chosen, tokens_rejected = _float(pairs.length_chosen, keep), _float(pairs.length_rejected, keep)
@@ -157,7 +159,7 @@ def rank(pairs: Pairs) -> Ranking:
             "displacement/chosen_per_token": up_chosen / tokens_chosen,
             "displacement/rejected_per_token": up_rejected / tokens_rejected,
         }
-    found = {name: mean_with_interval(values.tolist(), prompts) for name, values in shares.items()}
+    found = {name: _share(values, prompts) for name, values in shares.items()}
     found |= {name: _mean(values, prompts) for name, values in means.items()}
     return Ranking(estimates={name: found[name] for name in METRICS if name in found}, n_dropped=dropped)
 
@@ -198,6 +200,18 @@ def _float(values: np.ndarray, keep: np.ndarray) -> np.ndarray:
 
 def _is(values: np.ndarray, what: float) -> np.ndarray:
     return (values == what).astype(np.float64)
+
+
+def _share(values: np.ndarray, prompts: Sequence[Hashable]) -> Estimate:
+    """Share with the interval that fits; where all pairs agree, Wilson over prompts.
+
+    The clustered interval of values that are all 0 (or all 1) has no width, as if nothing else could ever be seen.
+    """
+    estimate = mean_with_interval(values.tolist(), prompts)
+    if estimate.interval == "wilson" or estimate.value not in (0.0, 1.0):
+        return estimate
+    low, high = wilson(estimate.value * estimate.clusters, estimate.clusters)
+    return replace(estimate, low=low, high=high, interval="wilson-over-prompts")
 
 
 def _mean(values: np.ndarray, prompts: Sequence[Hashable]) -> Estimate:

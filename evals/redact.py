@@ -19,15 +19,17 @@ _TOKENS = re.compile(
     r"|api_org_[A-Za-z0-9]{12,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|sk-[A-Za-z0-9_\-]{16,}"
     r"|wandb_v\d_[A-Za-z0-9_]{12,}|AKIA[A-Z0-9]{16})"
 )
-_SECRET_KEY = r"(?:hub|hf|access|auth|huggingface|hugging_face_hub|api)_?(?:token|key)|password|secret(?:_?key)?"
+_SECRET_KEY = r"(?:(?:hub|hf|access|auth|huggingface|hugging_face_hub|api)_?(?:token|key)|password|secret(?:_?key)?)"
 _NAMED = re.compile(
-    rf"(?i)((?:\b|_){_SECRET_KEY}[\"']?(?:\s*[=:]\s*|\s+)[\"']?|\bbearer\s+)(?!null\b|none\b|true\b|false\b|-)[^\s\"',;}}&<]+"
+    # `key: value`, `key=value`, `--key value`; not `password` followed by a word, which prose has.
+    rf"(?i)((?:\b|_){_SECRET_KEY}[\"']?\s*[=:]\s*[\"']?|--?[\w\-.]*{_SECRET_KEY}\s+[\"']?|\bbearer\s+)"
+    r"(?!null\b|none\b|true\b|false\b|-)[^\s\"',;}&<]+"
 )
 _NAMED_KEY = re.compile(rf"(?i)(?:^|_|-){_SECRET_KEY}$")
 _IN_URL = re.compile(r"(?<=://)[^/\s@:]+:[^/\s@]+(?=@)")
 
 _QUOTED_PATH = re.compile(r"(?<=[\"'])(?:~?/|[A-Za-z]:[\\/])[^\"'\n]*?([^\"'/\\\n]+)[/\\]?(?=[\"'])")
-# Two or more steps deep: /etc alone says nothing. Not after a word, a dot or a slash, which relative paths and URLs have.
+# Two or more steps deep: /etc alone says nothing. Not after a word, dot or slash, as in relative paths and URLs.
 _PATH = re.compile(r"(?<![\w:/.~\\\]])(?:file://)?(?:~?(?:/[^\s/\"'<>|,;:()\[\]{}=]+)+/([^\s/\"'<>|,;:()\[\]{}=]+)/?)")
 _WINDOWS_PATH = re.compile(r"(?<!\w)[A-Za-z]:\\(?:[^\s\\\"'<>|]+\\)+([^\s\\\"'<>|]+)")
 

@@ -1,6 +1,6 @@
 """``results.json``: every number a run reports, with its uncertainty and where it came from.
 
-    {"version": 1, "run": {"model": …, "commit": …, "seed": …}, "results": [{"metric": …, "value": …, "low": …, …}]}
+{"version": 1, "run": {"model": …, "commit": …, "seed": …}, "results": [{"metric": …, "value": …, "low": …, …}]}
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Result:
     low: float | None
     high: float | None
     interval: str
-    """How ``low`` and ``high`` were made: ``wilson``, ``clustered-t``, …; both at 95 %."""
+    """How ``low`` and ``high`` were made: ``wilson``, ``wilson-over-prompts``, ``clustered-t``, …; all at 95 %."""
     step: int
     """Optimizer steps taken; 0 is before training."""
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -55,7 +55,14 @@ class Result:
 
     @classmethod
     def of(
-        cls, estimate: Estimate, *, metric: str, dataset: str, split: str, step: int, extra: Mapping[str, Any] | None = None
+        cls,
+        estimate: Estimate,
+        *,
+        metric: str,
+        dataset: str,
+        split: str,
+        step: int,
+        extra: Mapping[str, Any] | None = None,
     ) -> Result:
         """An estimate, filed. A NaN spread, which one prompt alone has, becomes None; a NaN value is an error."""
         spread = {name: _known(getattr(estimate, name)) for name in ("stderr", "low", "high")}
@@ -109,7 +116,9 @@ class Results:
         entries = body.get("results")
         if not isinstance(body.get("run"), dict) or not isinstance(entries, list):
             raise ValueError(f"{path} needs a mapping 'run' and a list 'results'")
-        return cls(run=body["run"], results=[_result(entry, f"result {i} of {path}") for i, entry in enumerate(entries)])
+        return cls(
+            run=body["run"], results=[_result(entry, f"result {i} of {path}") for i, entry in enumerate(entries)]
+        )
 
 
 def as_metrics(results: Iterable[Result]) -> dict[str, float]:

@@ -65,6 +65,16 @@ class RunFiles:
         return [str(entry.get("name", "")) if isinstance(entry, Mapping) else str(entry) for entry in entries]
 
     @property
+    def datasets(self) -> list[str]:
+        """Names of the training datasets, as the recipe has them: one name, a list, or a list of mappings."""
+        section = self.get("data.dataset_name") or ()
+        entries = [section] if isinstance(section, (Mapping, str)) else section
+        return [
+            str(entry.get("dataset_name") or entry.get("name") or "") if isinstance(entry, Mapping) else str(entry)
+            for entry in entries
+        ]
+
+    @property
     def has_adapter(self) -> bool:
         """Whether the recipe trains a LoRA adapter."""
         return bool(self.recipe.get("lora"))
@@ -74,7 +84,7 @@ def read_run(run_dir: Path) -> RunFiles:
     """Reads a run directory; everything but ``metrics.jsonl`` may be absent.
 
     Raises:
-        ValueError: in one sentence, if ``metrics.jsonl`` is missing or empty, or if a file that is there cannot be read.
+        ValueError: in one sentence, if ``metrics.jsonl`` is missing or empty, or a file that is there cannot be read.
     """
     metrics, torn = _metrics(run_dir / "metrics.jsonl")
     recipe_text = _text(run_dir / "recipe.yaml")
@@ -84,7 +94,11 @@ def read_run(run_dir: Path) -> RunFiles:
         raise ValueError(f"{run_dir / 'recipe.yaml'} is not YAML: {' '.join(str(error).split())}") from error
     results = run_dir / "results.json"
     data, checks = _json(run_dir / "data_report.json", {}), _json(run_dir / "checks.json", [])
-    for name, value, kind in (("recipe.yaml", recipe, dict), ("data_report.json", data, dict), ("checks.json", checks, list)):
+    for name, value, kind in (
+        ("recipe.yaml", recipe, dict),
+        ("data_report.json", data, dict),
+        ("checks.json", checks, list),
+    ):
         if not isinstance(value, kind):
             raise ValueError(f"{run_dir / name} holds a {type(value).__name__}, not a {kind.__name__}")
     return RunFiles(

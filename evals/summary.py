@@ -86,24 +86,39 @@ def show(metric: str, value: float | None, *, signed: bool = False) -> str:
     if value is None:
         return "—"
     unit = unit_of(metric)
-    text = show_share(value) if unit == "share" else f"{show_number(round(100 * value, 1))} pp" if unit == "points" else show_number(value)
+    text = (
+        show_share(value)
+        if unit == "share"
+        else f"{show_number(round(100 * value, 1))} pp"
+        if unit == "points"
+        else show_number(value)
+    )
     return f"+{text}" if (signed or unit == "points") and value > 0 else text
 
 
 def show_interval(metric: str, low: float | None, high: float | None) -> str:
-    """``[57.0, 65.3] %``-like, or an em dash where the spread is unknown."""
+    """``[57.0, 65.3]`` in the unit of the value, or an em dash where the spread is unknown."""
     if low is None or high is None:
         return "—"
     if unit_of(metric) in ("share", "points"):
         return f"[{_one(100 * low)}, {_one(100 * high)}]"
-    return f"[{show_number(low)}, {show_number(high)}]"
+    # Two digits of the interval's width: more would say nothing.
+    decimals = max(0, 1 - math.floor(math.log10(high - low))) if high > low else 4
+    return (
+        f"[{low:.{decimals}f}, {high:.{decimals}f}]".replace("-", "−") if decimals < 7 else f"[{low:.3g}, {high:.3g}]"
+    )
 
 
 def _check_notes(run: RunFiles) -> list[Note]:
     failed = [str(check.get("check", "?")) for check in run.checks if check.get("passed") is not True]
     if not failed:
         return []
-    return [Note("warning", f"Start-up checks that did not pass: {', '.join(failed)}. Numbers below may not mean what they say.")]
+    return [
+        Note(
+            "warning",
+            f"Start-up checks that did not pass: {', '.join(failed)}. Numbers below may not mean what they say.",
+        )
+    ]
 
 
 def _number_notes(run: RunFiles) -> list[Note]:
@@ -113,27 +128,44 @@ def _number_notes(run: RunFiles) -> list[Note]:
     if broken:
         found.append(Note("warning", f"The loss was not finite at step {broken[0]:g}."))
     if run.torn:
-        found.append(Note("remark", f"{run.torn} unreadable line(s) of metrics.jsonl were left out; a killed process leaves its last line torn."))
+        found.append(
+            Note(
+                "remark",
+                f"{run.torn} unreadable line(s) of metrics.jsonl were left out; a killed process leaves one.",
+            )
+        )
     down, fell = run.result("displacement/chosen"), run.result("displacement/chosen_fell")
     if down is not None and down.high is not None and down.high < 0:
         share = f", in {show_share(fell.value)} of pairs" if fell is not None else ""
         found.append(
             Note(
                 "warning",
-                f"Likelihood displacement: the chosen responses became less probable, by {show_number(-down.value)} nats "
-                f"on average{share}. Margins can grow while both responses fall. Adding a likelihood term on the "
+                f"Likelihood displacement: the chosen responses became less probable, by {show_number(-down.value)} "
+                f"nats on average{share}. Margins can grow while both responses fall. Adding a likelihood term on the "
                 "chosen responses, or leaving out the pairs most alike, usually helps.",
             )
         )
     gain = run.result("ranking/gain")
     if gain is not None and gain.low is not None and gain.high is not None and gain.low <= 0 <= gain.high:
-        found.append(Note("remark", "The interval of the gain in ranking accuracy includes zero: these pairs do not show a change either way."))
+        found.append(
+            Note(
+                "remark",
+                "The interval of the gain in ranking accuracy includes zero: these pairs show no change either way.",
+            )
+        )
     ties = run.result("ranking/ties")
     if ties is not None and ties.value > 0.1:
-        found.append(Note("remark", f"{show_share(ties.value)} of the pairs are ties for the policy; each counts one half."))
+        found.append(
+            Note("remark", f"{show_share(ties.value)} of the pairs are ties for the policy; each counts one half.")
+        )
     dropped = [r.extra.get("n_dropped", 0) for r in (run.results.results if run.results else ())]
     if any(dropped):
-        found.append(Note("remark", f"Up to {max(dropped)} evaluation pairs could not be scored (empty response or non-finite log-prob)."))
+        found.append(
+            Note(
+                "remark",
+                f"Up to {max(dropped)} evaluation pairs could not be scored (empty response or non-finite log-prob).",
+            )
+        )
     return found
 
 
@@ -142,11 +174,18 @@ def _data_notes(data: Mapping[str, Any]) -> list[Note]:
     read, kept = rows.get("read", 0), rows.get("kept", 0)
     found: list[Note] = []
     if read and (read - kept) / read > 0.05:
-        found.append(Note("remark", f"{show_share((read - kept) / read)} of the rows read were dropped; the data section says why."))
+        found.append(
+            Note(
+                "remark",
+                f"{show_share((read - kept) / read)} of the rows read were dropped; the data section says why.",
+            )
+        )
     cut = {leg: n for leg, n in (data.get("truncated") or {}).items() if n}
     if kept and cut and max(cut.values()) / kept > 0.1:
         leg = max(cut, key=lambda name: cut[name])
-        found.append(Note("remark", f"{show_share(cut[leg] / kept)} of the rows had their {leg} response or prompt cut to fit."))
+        found.append(
+            Note("remark", f"{show_share(cut[leg] / kept)} of the rows had their {leg} response or prompt cut to fit.")
+        )
     mismatches = data.get("boundary_mismatches", 0)
     if kept and mismatches / kept > 0.01:
         found.append(Note("remark", f"In {mismatches} rows the prompt's tokens are not a prefix of the whole text's."))

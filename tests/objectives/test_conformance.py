@@ -52,7 +52,7 @@ class Values:
 NOT_A_NUMBER = (math.nan, math.inf, -math.inf)
 
 KEYS: dict[tuple[str, str], Values] = {
-    ("dpo", "beta"): Values(allowed=(1e-3, 0.1, 5.0), refused=(0.0, -0.1, *NOT_A_NUMBER)),
+    ("dpo", "beta"): Values(allowed=(1e-3, 0.1, 5), refused=(0.0, -0.1, *NOT_A_NUMBER)),
     ("dpo", "label_smoothing"): Values(allowed=(0.0, 0.1, 0.49), refused=(-0.01, 0.5, 1.0, *NOT_A_NUMBER)),
     ("sft", "leg"): Values(allowed=("gold", "chosen"), refused=("rejected", "prompt", "")),
 }

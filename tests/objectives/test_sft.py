@@ -89,5 +89,5 @@ def test_sft_is_what_its_definition_says(weighted: bool, seed: int, leg: str):
     )
     loss, grad = loss_and_grad(SFT(leg=leg), batch)
     assert math.isclose(loss.item(), expected_loss, rel_tol=1e-11, abs_tol=1e-13)
-    flat = torch.tensor(sum(expected_grad, []), dtype=torch.float64)
+    flat = torch.tensor([slope for row in expected_grad for slope in row], dtype=torch.float64)
     assert_close(grad[leg][batch[leg].mask], flat, **TRANSCRIPTION)

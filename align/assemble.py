@@ -1,0 +1,168 @@
+"""A recipe turned into the arguments of the parts: data spec, plan, TrainingArguments."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from data.sources import Source
+from transformers import TrainingArguments
+
+from align.errors import RecipeError
+from align.model import compute_dtype
+from align.recipe import Recipe
+from align.sections import DataSection, DatasetSection
+from data.plan import Layout, Plan
+from data.preparation import DataSpec
+from data.store import TokenTable
+from data.tokens import TokenPolicy
+
+Say = Callable[[str], None]
+
+
+def data_spec(recipe: Recipe, max_length: int) -> DataSpec:
+    """What to prepare, from the recipe's data section."""
+    data = recipe.data
+    held_out = None
+    if data.eval_dataset_name is not None:
+        held_out = Source(
+            dataset_name=data.eval_dataset_name,
+            split=data.eval_split,
+            columns=data.columns,
+            format=data.format,
+            as_chat=data.as_chat,
+        )
+    return DataSpec(
+        train=tuple(_source(entry, as_chat=data.as_chat) for entry in data.datasets or [data]),
+        eval=held_out,
+        eval_share=data.eval_share,
+        legs=recipe.mixture.needs.legs,
+        policy=TokenPolicy(max_length=max_length, truncation=data.truncation),
+        max_dropped_share=data.max_dropped_share,
+        seed=recipe.train.seed,
+        max_rows=data.max_rows,
+    )
+
+
+def _source(entry: DataSection | DatasetSection, *, as_chat: bool) -> Source:
+    assert entry.dataset_name is not None
+    return Source(
+        dataset_name=entry.dataset_name,
+        split=entry.dataset_train_split,
+        config=entry.dataset_config,
+        columns=entry.columns,
+        weight=entry.weight if isinstance(entry, DatasetSection) else 1.0,
+        format=entry.format,
+        as_chat=as_chat,
+    )
+
+
+def world_size() -> int:
+    """Processes of this launch, before a process group exists."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def train_plan(recipe: Recipe, table: TokenTable, *, share: bool, pack: bool) -> Plan:
+    """Which rows are computed together.
+
+    Args:
+        recipe: for rows per step, token budget, length of the run and seed.
+        table: training rows.
+        share: whether responses share their prompt's positions.
+        pack: whether rows are laid end to end (block-sparse attention) or one per line (dense masks).
+    Raises:
+        DataError: a row does not fit the token budget.
+    """
+    epochs = math.ceil(recipe.train.num_train_epochs)
+    if recipe.train.max_steps > 0:
+        epochs = math.ceil(recipe.train.max_steps / -(-len(table) // recipe.train.rows_per_step))
+    return Plan(
+        lengths=table.shared_lengths() if share else table.separate_lengths(),
+        rows_per_step=recipe.train.rows_per_step,
+        token_budget=recipe.train.token_budget,
+        epochs=epochs,
+        world=world_size(),
+        layout=Layout(kind="pack" if share and pack else "bucket"),
+        seed=recipe.train.seed,
+    )
+
+
+def training_arguments(recipe: Recipe, microbatches: int, *, evaluate: bool) -> TrainingArguments:
+    """transformers' arguments; what the recipe does not say is fixed here, with the reason.
+
+    Raises:
+        RecipeError: transformers refuses a value (an optimizer or schedule it does not know).
+    """
+    train = recipe.train
+    on_cpu = not torch.cuda.is_available()
+    try:
+        return TrainingArguments(
+            output_dir=train.output_dir,
+            per_device_train_batch_size=1,  # one planned microbatch
+            gradient_accumulation_steps=microbatches,
+            learning_rate=train.learning_rate,
+            num_train_epochs=train.num_train_epochs,
+            max_steps=train.max_steps,
+            lr_scheduler_type=train.lr_scheduler_type,
+            warmup_steps=train.warmup_steps,
+            optim=train.optim,
+            weight_decay=train.weight_decay,
+            adam_beta1=train.adam_beta1,
+            adam_beta2=train.adam_beta2,
+            adam_epsilon=train.adam_epsilon,
+            max_grad_norm=train.max_grad_norm,
+            activation_checkpointing=train.gradient_checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
+            bf16=compute_dtype(recipe.model) == torch.bfloat16,
+            seed=train.seed,
+            logging_steps=train.logging_steps,
+            eval_strategy=train.eval_strategy if evaluate else "no",
+            eval_steps=train.eval_steps,
+            save_strategy=train.save_strategy,
+            save_steps=train.save_steps,
+            save_total_limit=train.save_total_limit,
+            dataloader_num_workers=train.dataloader_num_workers,
+            report_to=train.report_to or "none",
+            run_name=train.run_name,
+            use_cpu=on_cpu,
+            ddp_backend="gloo" if on_cpu and world_size() > 1 else None,
+            ddp_find_unused_parameters=False,
+            remove_unused_columns=False,
+            label_names=[],
+            # The default logs the running mean in place of a NaN loss, which hides a diverged run.
+            logging_nan_inf_filter=False,
+        )
+    except (ValueError, ImportError) as error:
+        raise RecipeError(f"train: {' '.join(str(error).split())}") from None
+
+
+def bytes_needed(recipe: Recipe) -> int:
+    """Disk a run takes at least: weights, and two float32 moments with them in every checkpoint kept."""
+    folder = Path(recipe.model.model_name_or_path)
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
+    if recipe.lora is not None:
+        weights //= 20
+    kept = 0 if recipe.train.save_strategy == "no" else (recipe.train.save_total_limit or 1)
+    return weights * (1 + 3 * kept) + 2**20
+
+
+def tell_data(report: Mapping[str, Any], say: Say) -> None:
+    """Says what was read, dropped and cut."""
+    rows = report["rows"]
+    dropped = sum(report["dropped"].values())
+    say(
+        f"data: {rows['read']} rows read, {rows['train']} to train on, {rows['eval']} held out, {dropped} dropped"
+        + ("" if not dropped else " (listed in data_report.json)")
+    )
+    for reason, count in report["dropped"].items():
+        say(f"  dropped {count}: {reason}")
+    for side, count in report["truncated"].items():
+        say(f"  cut {count} × {side}: {report['tokens_lost'][side]} tokens beyond max_length {report['max_length']}")
+    if report["boundary_mismatches"]:
+        say(f"  {report['boundary_mismatches']} rows whose prompt and response share a token: the boundary moved left")
+    if report["eval_prompts_in_training"]:
+        say(f"  warning: {report['eval_prompts_in_training']} evaluation prompts are in the training data too")

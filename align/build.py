@@ -1,0 +1,176 @@
+"""Puts the parts of a run together: model, path, plan, reference, trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from align import checks
+from align import model as models
+from align.assemble import Say, train_plan, training_arguments, world_size
+from align.forward import causal_lm
+from align.recipe import Recipe
+from align.reference import ReferenceKey, plan_for_scoring
+from align.startup import Startup, adapter_off_scorer, frozen_scorer, load_frozen
+from align.trainer import ObjectiveTrainer, PairSums
+from align.watch import DisplacementAlarm, MetricsFile, Progress, Speed
+from data.loader import PlannedBatches
+from data.plan import Plan
+from data.preparation import Prepared
+
+Evaluations = Callable[[PairSums, int], dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run that is ready to start."""
+
+    recipe: Recipe
+    prepared: Prepared
+    tokenizer: Any
+    trainer: ObjectiveTrainer
+    startup: Startup
+    metrics: MetricsFile
+    alarm: DisplacementAlarm
+    fingerprint: str
+    """Content hash of the weights the run starts from."""
+
+
+def build(
+    recipe: Recipe, config: Any, tokenizer: Any, prepared: Prepared, evaluations: Evaluations | None, say: Say
+) -> Run:
+    """Loads the model, chooses its path, plans the steps and makes the trainer.
+
+    Args:
+        recipe: the run's.
+        config: of the model, as ``load_config`` gave it.
+        tokenizer: saved with the trained model.
+        prepared: token tables.
+        evaluations: maps per-row sums of held-out rows to metrics.
+        say: prints on the first rank.
+    """
+    set_seed(recipe.train.seed)
+    # Before the model is loaded: this is what starts the process group and finds the device.
+    args = training_arguments(recipe, 1, evaluate=prepared.eval is not None)
+    dtype = models.compute_dtype(recipe.model)
+    say(f"model: {recipe.model.model_name_or_path}, computing in {str(dtype).removeprefix('torch.')} on {args.device}")
+    model = models.policy(recipe.model, recipe.lora, config, dtype)
+    if not recipe.train.allow_dropout:
+        models.switch_off_dropout(model)
+    _tell_parameters(model, say)
+    model.to(args.device)
+    share, path_check = checks.choose_path(model, prepared.train.table, dtype, args.device)
+    packs = causal_lm(model).config.get_text_config()._attn_implementation == "flex_attention"
+    plan = train_plan(recipe, prepared.train.table, share=share, pack=packs)
+    args.gradient_accumulation_steps = plan.microbatches
+    say(
+        f"plan: {plan.steps_per_epoch} steps an epoch of {recipe.train.rows_per_step} rows, in {plan.microbatches} "
+        f"microbatches on each of {plan.world} processes"
+    )
+    rank = args.process_index
+    batches = PlannedBatches(prepared.train.table, plan, rank=rank, share=share)
+    held_out = None if prepared.eval is None else _eval_batches(prepared, plan, rank=rank, share=share)
+
+    fingerprint = models.weights_fingerprint(model)
+    startup = _startup(recipe, model, tokenizer, dtype, share, say)
+    startup.checks.append(path_check)
+    metrics = MetricsFile(Path(recipe.train.output_dir) / "metrics.jsonl")
+    alarm, speed = DisplacementAlarm(say), Speed()
+    trainer = ObjectiveTrainer(
+        model=model,
+        args=args,
+        mixture=recipe.mixture,
+        batches=batches,
+        eval_batches=held_out,
+        prepare=startup,
+        evaluations=evaluations,
+        row_name=prepared.train.name,
+        recipe_yaml=recipe.to_yaml(),
+        processing_class=tokenizer,
+        callbacks=[speed, alarm, metrics],
+    )
+    speed.trainer = trainer
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(Progress())
+    trainer.live_reference = _live_reference(recipe, startup, trainer)
+    return Run(
+        recipe=recipe,
+        prepared=prepared,
+        tokenizer=tokenizer,
+        trainer=trainer,
+        startup=startup,
+        metrics=metrics,
+        alarm=alarm,
+        fingerprint=fingerprint,
+    )
+
+
+def _tell_parameters(model: nn.Module, say: Say) -> None:
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"parameters: {total:,}, of which {trained:,} are trained ({trained / total:.2%})")
+
+
+def _eval_batches(prepared: Prepared, plan: Plan, *, rank: int, share: bool) -> PlannedBatches:
+    assert prepared.eval is not None
+    table = prepared.eval.table
+    lengths = table.shared_lengths() if share else table.separate_lengths()
+    held_plan = Plan(
+        lengths=lengths,
+        rows_per_step=len(lengths),
+        token_budget=max(plan.token_budget, int(lengths.max())),
+        epochs=1,
+        world=world_size(),
+        layout=plan.layout,
+        seed=plan.seed,
+        shuffle=False,
+    )
+    return PlannedBatches(table, plan_for_scoring(held_plan), rank=rank, share=share)
+
+
+def _startup(recipe: Recipe, model: nn.Module, tokenizer: Any, dtype: torch.dtype, share: bool, say: Say) -> Startup:
+    as_base = models.starts_as_base(model, recipe.lora)
+    needs, reference = recipe.mixture.needs.reference, recipe.reference
+    own = reference.model == "initial" or (reference.model == "base" and as_base)
+    separate = reference.model not in ("initial", "base")
+    frozen: nn.Module | None = None
+
+    def load() -> nn.Module:
+        nonlocal frozen
+        frozen = frozen or load_frozen(recipe, dtype, len(tokenizer))
+        return frozen
+
+    key = None
+    if needs and reference.source == "cached":
+        if separate:
+            weights = models.weights_fingerprint(load())
+        else:
+            weights = models.weights_fingerprint(model, without_adapter=as_base or reference.model == "base")
+        attention = causal_lm(model).config.get_text_config()._attn_implementation
+        path = f"{'shared' if share else 'separate'}, {attention}"
+        key = ReferenceKey(weights=weights, precision=str(dtype), path=path)
+    return Startup(
+        recipe=recipe,
+        key=key,
+        frozen=load if separate or reference.source == "live" else None,
+        starts_as_reference=not needs or own,
+        dtype=dtype,
+        say=say,
+    )
+
+
+def _live_reference(recipe: Recipe, startup: Startup, trainer: ObjectiveTrainer) -> Any:
+    if not recipe.mixture.needs.reference or recipe.reference.source == "cached":
+        return None
+    if recipe.reference.source == "adapter_off" or recipe.reference.model == "base":
+        return adapter_off_scorer(trainer)
+    assert startup.frozen is not None
+    return frozen_scorer(startup.frozen(), trainer)

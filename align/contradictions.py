@@ -1,0 +1,93 @@
+"""Keys that contradict each other or have no effect: refused, never ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from align.errors import RecipeError
+
+if TYPE_CHECKING:
+    from align.recipe import Recipe
+
+SINGLE_DATASET = ("dataset_name", "dataset_config", "dataset_train_split", "columns", "format")
+"""Keys of the data section that describe its one dataset."""
+
+# (key, what makes it idle, test on the other values)
+_IDLE = (
+    ("train.num_train_epochs", "train.max_steps decides", lambda v: _number(v, "train", "max_steps", -1) > 0),
+    ("train.eval_steps", "train.eval_strategy is not steps", lambda v: _get(v, "train", "eval_strategy") != "steps"),
+    ("train.save_steps", "train.save_strategy is not steps", lambda v: _get(v, "train", "save_strategy", "steps") != "steps"),  # noqa: E501
+    ("data.eval_share", "data.eval_dataset_name gives the eval set", lambda v: _get(v, "data", "eval_dataset_name")),
+    ("data.eval_split", "there is no data.eval_dataset_name", lambda v: not _get(v, "data", "eval_dataset_name")),
+)  # fmt: skip
+
+
+def _get(values: Mapping[str, Any], section: str, key: str, default: Any = None) -> Any:
+    found = (values.get(section) or {}).get(key)
+    return default if found is None else found
+
+
+def _number(values: Mapping[str, Any], section: str, key: str, default: float) -> float:
+    try:
+        return float(_get(values, section, key, default))
+    except (TypeError, ValueError):
+        return default
+
+
+def refuse_idle(values: dict[str, Any], written: Mapping[str, str], commanded: set[str], idle: list[str]) -> None:
+    """A key without effect is an error, or one printed line where the command line made it so."""
+    for path, reason, is_idle in _IDLE:
+        section, key = path.split(".")
+        if path not in written or _get(values, section, key) is None or not is_idle(values):
+            continue
+        if path in commanded or not _made_idle_by_command(path, commanded):
+            raise RecipeError(f"{path} has no effect: {reason}; remove it")
+        idle.append(f"{path} = {values[section].pop(key)!r}: {reason}")
+
+
+def _made_idle_by_command(path: str, commanded: set[str]) -> bool:
+    makers = {
+        "train.num_train_epochs": "train.max_steps",
+        "train.eval_steps": "train.eval_strategy",
+        "train.save_steps": "train.save_strategy",
+        "data.eval_share": "data.eval_dataset_name",
+        "data.eval_split": "data.eval_dataset_name",
+    }
+    return makers[path] in commanded
+
+
+def refuse_contradictions(recipe: Recipe, values: Mapping[str, Any], written: Mapping[str, str]) -> None:
+    """Raises ``RecipeError`` where two sections can't both be meant."""
+    names = ", ".join(entry.name for entry in recipe.objectives)
+    renamed = written.get("objective.name") == "the command line"
+    if "reference" in written and not recipe.mixture.needs.reference and not renamed:
+        raise RecipeError(f"reference has no effect: {names} needs no reference model; remove the section")
+    if recipe.reference.source == "adapter_off" and recipe.lora is None:
+        raise RecipeError("reference.source adapter_off needs a lora section; use cached for full fine-tuning")
+    if recipe.reference.source == "adapter_off" and recipe.reference.model not in ("initial", "base"):
+        raise RecipeError(
+            "reference.source adapter_off is the policy's own base; reference.model must be initial or base"
+        )
+    if recipe.reference.model == "base" and recipe.lora is None:
+        raise RecipeError("reference.model base is the model without its adapter and needs a lora section; use initial")
+    if recipe.lora is not None:
+        if recipe.lora.lora_dropout > 0 and not recipe.train.allow_dropout:
+            raise RecipeError("lora.lora_dropout has no effect while train.allow_dropout is false; set one of the two")
+        own = [key for key in values["lora"] if key != "adapter_name_or_path"]
+        if recipe.lora.adapter_name_or_path and own:
+            raise RecipeError(f"lora.{own[0]} has no effect: it comes from lora.adapter_name_or_path; remove it")
+        adapter_off = recipe.reference.source == "adapter_off" and recipe.reference.model == "initial"
+        if recipe.lora.adapter_name_or_path and adapter_off:
+            raise RecipeError(
+                "reference.source adapter_off is not the initial policy when lora.adapter_name_or_path is given; "
+                "use source: cached, or model: base"
+            )
+    if recipe.data.datasets is not None:
+        own = [key for key in SINGLE_DATASET if f"data.{key}" in written]
+        if own:
+            raise RecipeError(f"data.{own[0]} has no effect beside data.datasets; write it inside each dataset")
+    if recipe.train.eval_strategy == "steps" and recipe.train.eval_steps is None:
+        raise RecipeError("train.eval_strategy steps needs train.eval_steps")
+    if recipe.train.resume_from_checkpoint and recipe.train.overwrite_output_dir:
+        raise RecipeError("train.overwrite_output_dir would delete the checkpoint to resume from; set one of the two")

@@ -1,0 +1,247 @@
+"""The policy: tokenizer, configuration, weights, adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import xxhash
+from torch import nn
+
+from align.errors import RunError
+from align.forward import bind, causal_lm
+from align.sections import LoraSection, ModelSection
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_MAX_LENGTH = 2048
+
+
+def load_config(section: ModelSection, name: str | None = None) -> PretrainedConfig:
+    """The model's configuration; cheap, so that much can be checked before the weights are read.
+
+    Raises:
+        RunError: there is no such model, or it is no causal language model.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = name or section.model_name_or_path
+    _require_folder(name, "model.model_name_or_path")
+    try:
+        config = AutoConfig.from_pretrained(
+            name, revision=section.model_revision, trust_remote_code=section.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(f"can't load the configuration of {name!r}: {_first_line(error)}") from None
+    if not section.trust_remote_code and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise RunError(f"{name!r} is a {config.model_type} model, not a causal language model")
+    return config
+
+
+def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
+    """The tokenizer, with the end token and chat template the recipe asks for.
+
+    Raises:
+        RunError: there is none, it has no end token, or the recipe's end token is not one of its tokens.
+    """
+    from transformers import AutoTokenizer
+
+    name = section.tokenizer_name_or_path or section.model_name_or_path
+    _require_folder(name, "model.tokenizer_name_or_path")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=section.model_revision, trust_remote_code=section.trust_remote_code
+        )
+    except Exception as error:  # tokenizer files fail in many ways, none of which a user can act on
+        raise RunError(
+            f"can't load a tokenizer from {name!r} ({_first_line(error)}); set model.tokenizer_name_or_path"
+        ) from None
+    if section.eos_token is not None:
+        if section.eos_token not in tokenizer.get_vocab():
+            raise RunError(f"model.eos_token {section.eos_token!r} is not a token of {name!r}")
+        tokenizer.eos_token = section.eos_token
+    if tokenizer.eos_token_id is None:
+        raise RunError(
+            f"the tokenizer of {name!r} has no end token, so responses could never end; "
+            "set model.eos_token to the token that ends a response"
+        )
+    if section.chat_template is not None:
+        path = Path(section.chat_template)
+        if not path.is_file():
+            raise RunError(f"model.chat_template: there is no file {str(path)!r}")
+        tokenizer.chat_template = path.read_text()
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # only for generation; our batches carry no pad token
+    return tokenizer
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Positions the model was made for, or None where nothing limits them."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(length) if length else None
+
+
+def max_length(asked: int | None, config: PretrainedConfig) -> int:
+    """Most tokens of prompt + response.
+
+    Raises:
+        RunError: more was asked for than the model's context holds.
+    """
+    context = context_length(config)
+    if asked is None:
+        return min(DEFAULT_MAX_LENGTH, context or DEFAULT_MAX_LENGTH)
+    if context is not None and asked > context:
+        raise RunError(f"data.max_length {asked} exceeds the model's context of {context} tokens; lower it")
+    return asked
+
+
+def compute_dtype(section: ModelSection) -> torch.dtype:
+    """What ``model.dtype`` resolves to on this machine."""
+    if section.dtype == "auto":
+        capable = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if capable else torch.float32
+    return getattr(torch, section.dtype)
+
+
+def attention(section: ModelSection, config: PretrainedConfig) -> str:
+    """Attention implementation, by device and by what the model needs."""
+    if section.attn_implementation != "auto":
+        return section.attn_implementation
+    if torch.cuda.is_available():
+        return "flex_attention"
+    # SDPA has no soft-cap and would silently leave it out.
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
+
+
+def load_weights(
+    section: ModelSection, config: PretrainedConfig, dtype: torch.dtype, name: str | None = None
+) -> PreTrainedModel:
+    """The model with its weights, every one of them from the checkpoint.
+
+    Args:
+        section: where from and how.
+        config: as ``load_config`` gave it.
+        dtype: of the weights: float32 if they are trained, the compute type if they are frozen.
+        name: another model than the section's, for a reference.
+    Raises:
+        RunError: it can't be read, or weights are missing and would be random.
+    """
+    from transformers import AutoModelForCausalLM
+
+    name = name or section.model_name_or_path
+    wanted = attention(section, config)
+    fallbacks = ["sdpa", "eager"] if section.attn_implementation == "auto" else []
+    for implementation in dict.fromkeys([wanted, *fallbacks]):
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                name,
+                revision=section.model_revision if name == section.model_name_or_path else "main",
+                dtype=dtype,
+                attn_implementation=implementation,
+                trust_remote_code=section.trust_remote_code,
+                output_loading_info=True,
+            )
+            break
+        except ValueError as error:  # this architecture has no such attention
+            if "attention" not in str(error).lower() or implementation == "eager":
+                raise RunError(f"can't load {name!r}: {_first_line(error)}") from None
+        except (OSError, RuntimeError, KeyError) as error:
+            raise RunError(f"can't load the weights of {name!r}: {_first_line(error)}") from None
+    else:
+        raise RunError(f"{name!r} supports none of {[wanted, *fallbacks]}; set model.attn_implementation")
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise RunError(f"{name!r} lacks {len(missing)} weights ({missing[0]} …), which would start as random numbers")
+    return model
+
+
+def policy(section: ModelSection, lora: LoraSection | None, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+    """The model to train, with its adapter if it has one, dropout off unless asked for, ready to score batches."""
+    # What is trained is kept in float32: bfloat16 rounds small updates to nothing. Frozen weights need not be.
+    model: nn.Module = load_weights(section, config, torch.float32 if lora is None else dtype)
+    if lora is not None:
+        model = add_adapter(model, lora)
+    bind(model)
+    return model
+
+
+def add_adapter(model: Any, lora: LoraSection) -> nn.Module:
+    """Wraps the model with a new adapter, or with a trained one to go on from.
+
+    Raises:
+        RunError: a target module is not in the model, or the adapter can't be read.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if lora.adapter_name_or_path is not None:
+        try:
+            return PeftModel.from_pretrained(model, lora.adapter_name_or_path, is_trainable=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise RunError(f"can't load the adapter {lora.adapter_name_or_path!r}: {_first_line(error)}") from None
+    settings = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.lora_dropout,
+        target_modules=lora.target_modules,
+        modules_to_save=lora.modules_to_save,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+    )
+    try:
+        return get_peft_model(model, settings)
+    except ValueError as error:
+        linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise RunError(
+            f"lora.target_modules {lora.target_modules!r} does not fit the model ({_first_line(error)}); "
+            f"its linear layers are {', '.join(linear)}"
+        ) from None
+
+
+def starts_as_base(model: nn.Module, lora: LoraSection | None) -> bool:
+    """Whether the policy, as it starts, computes what its base model computes."""
+    return lora is not None and lora.adapter_name_or_path is None
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Sets every dropout rate of every module to zero; the saved configuration keeps its own."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if ("drop" in name or name == "jitter_noise") and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def weights_fingerprint(model: nn.Module, *, without_adapter: bool = False) -> str:
+    """Content hash of all weights, names, shapes and types.
+
+    Args:
+        model: before it is wrapped or sharded.
+        without_adapter: leave out adapter weights, for an adapter that does nothing yet: its random factor would
+            otherwise give every seed a key of its own.
+    """
+    state = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        if without_adapter and ("lora_" in name or "modules_to_save" in name):
+            continue
+        name = name.replace("base_model.model.", "").replace(".base_layer", "").replace(".original_module", "")
+        state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        state.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    inner = causal_lm(model)
+    state.update(inner.config.to_json_string().encode())
+    return state.hexdigest()
+
+
+def _require_folder(name: str, key: str) -> None:
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not Path(name).expanduser().is_dir():
+        raise RunError(f"{key}: there is no folder {name!r}")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")

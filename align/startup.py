@@ -1,0 +1,172 @@
+"""Between wrapping the model and the first step: the reference pass, then the checks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from align import checks
+from align.errors import RunError
+from align.model import load_config, load_weights
+from align.recipe import Recipe
+from align.reference import (
+    ReferenceKey,
+    Scorer,
+    StoredLogps,
+    adapter_off,
+    fill_cache,
+    find_cached,
+    plan_for_scoring,
+    verify_cached,
+)
+from data.loader import PlannedBatches
+from data.pack import PackedBatch
+
+if TYPE_CHECKING:
+    from align.trainer import ObjectiveTrainer
+
+Say = Callable[[str], None]
+
+
+class Startup:
+    """Called once by the trainer when the model is wrapped and, on resume, restored.
+
+    Args:
+        recipe: the run's.
+        key: of the reference cache; None where it is not used.
+        frozen: loads the separate reference model that the recipe names; None where the policy is its own reference.
+        starts_as_reference: whether policy and reference are the same function before the first step.
+        dtype: of the computation.
+        say: prints on the first rank.
+    """
+
+    def __init__(
+        self,
+        *,
+        recipe: Recipe,
+        key: ReferenceKey | None,
+        frozen: Callable[[], torch.nn.Module] | None,
+        starts_as_reference: bool,
+        dtype: torch.dtype,
+        say: Say,
+    ) -> None:
+        self.recipe, self.key, self.frozen = recipe, key, frozen
+        self.starts_as_reference, self.dtype, self.say = starts_as_reference, dtype, say
+        self.checks: list[checks.Check] = []
+
+    def __call__(self, trainer: ObjectiveTrainer) -> None:
+        """Fills the reference cache and checks what can be checked.
+
+        Raises:
+            RunError: a check failed.
+        """
+        if self.key is not None:
+            with checks.undisturbed(trainer.model_wrapped):
+                self._reference(trainer)
+        batch = checks.first_batch(trainer.batches)
+        self.checks.append(checks.check_prompt_is_not_trained(batch, trainer.batches.table))
+        if not trainer.resumed:
+            if self.starts_as_reference:
+                with checks.undisturbed(trainer.model_wrapped):
+                    self.checks += checks.check_step0(trainer, batch, self.dtype)
+            self.checks.append(checks.check_longest(trainer))
+        for check in self.checks:
+            self.say(f"{'✓' if check.passed else '–'} {check.check}: {check.detail}")
+
+    def _reference(self, trainer: ObjectiveTrainer) -> None:
+        assert self.key is not None
+        splits = [split for split in (trainer.batches, trainer.eval_batches) if split is not None]
+        stored = [find_cached(self.key, split.table) for split in splits]
+        lacking = sum(int((~leg.done).sum()) for legs in stored for leg in legs.values())
+        found = sum(int(leg.done.sum()) for legs in stored for leg in legs.values())
+        if lacking and trainer.resumed and self.frozen is None:
+            raise RunError(
+                "the reference log-probs of this run are no longer in the cache (ALIGN_CACHE), and the policy has moved "
+                "on from the model they came from; restore the cache or start again without resume_from_checkpoint"
+            )
+        # On resume the policy is not what the cache was computed from: read it, and leave it at that.
+        if lacking or (found and not trainer.resumed):
+            scorer = self._scorer(trainer)
+            for legs, split in zip(stored, splits, strict=True):
+                if found and not lacking:
+                    verify_cached(legs, split, scorer, checks.TOLERANCES[self.dtype].token)
+                self._fill(legs, split, scorer, trainer)
+        for legs, split in zip(stored, splits, strict=True):
+            split.references = {name: leg.ragged() for name, leg in legs.items()}
+
+    def _fill(
+        self, legs: dict[str, StoredLogps], split: PlannedBatches, scorer: Scorer, trainer: ObjectiveTrainer
+    ) -> None:
+        started, told = time.perf_counter(), [0.0]
+
+        def progress(done: int, total: int) -> None:
+            now = time.perf_counter()
+            if now - told[0] > 5 or done == total:
+                told[0] = now
+                self.say(f"reference: {done} of {total} rows, {done / (now - started):.1f} rows/s")
+
+        scoring = PlannedBatches(split.table, plan_for_scoring(split.plan), rank=split.rank, share=split.share)
+        fill_cache(legs, scoring, scorer, trainer.gather, progress)
+
+    def _scorer(self, trainer: ObjectiveTrainer) -> Scorer:
+        if self.frozen is not None:
+            return frozen_scorer(self.frozen(), trainer)
+        if self.recipe.reference.model == "base":
+            model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+
+            def without_adapter(batch: PackedBatch) -> Tensor:
+                with adapter_off(model):
+                    return trainer.score(batch)
+
+            return without_adapter
+        return trainer.score
+
+
+def frozen_scorer(model: torch.nn.Module, trainer: ObjectiveTrainer) -> Scorer:
+    """Log-probs under a second model that never changes."""
+    model.requires_grad_(False).eval().to(trainer.args.device)
+
+    def score(batch: PackedBatch) -> Tensor:
+        with torch.no_grad(), trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
+            return model(packed=batch.to(trainer.args.device))["logps"]
+
+    return score
+
+
+def adapter_off_scorer(trainer: ObjectiveTrainer) -> Scorer:
+    """Log-probs under the policy without its adapter, in the middle of training."""
+
+    def score(batch: PackedBatch) -> Tensor:
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        with adapter_off(model), trainer.scoring():
+            return trainer.model_wrapped(packed=batch.to(trainer.args.device))["logps"]
+
+    return score
+
+
+def load_frozen(recipe: Recipe, dtype: torch.dtype, tokenizer_size: int) -> torch.nn.Module:
+    """The reference model that the recipe names, ready to score batches.
+
+    Raises:
+        RunError: it can't be loaded, or has another vocabulary than the policy.
+    """
+    from align.forward import bind
+
+    initial = recipe.reference.model == "initial"
+    name = recipe.model.model_name_or_path if initial else recipe.reference.model
+    config = load_config(recipe.model, name)
+    model: torch.nn.Module = load_weights(recipe.model, config, dtype, name)
+    if model.get_input_embeddings().num_embeddings < tokenizer_size:  # type: ignore[operator]
+        raise RunError(
+            f"reference.model {name!r} has a smaller vocabulary than the policy's tokenizer ({tokenizer_size} tokens)"
+        )
+    if initial and recipe.lora is not None and recipe.lora.adapter_name_or_path is not None:
+        from align.model import add_adapter
+
+        model = add_adapter(model, recipe.lora)
+    bind(model)
+    return model

@@ -1,0 +1,128 @@
+"""Trains a policy from a recipe and leaves a complete run directory.
+
+    accelerate launch align/train.py --config launch/recipes/dpo.yaml --output_dir runs/mine
+    python align/train.py --help        every key, its default and what it means
+
+Cheap things come first: a wrong key, file, row or checkpoint stops the run before the model is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from data.errors import DataError
+
+from align.errors import RecipeError, RunError
+from align.recipe import Recipe, read_recipe
+from align.sections import SECTIONS
+from objectives.registry import defaults, field_docs
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one recipe. Returns the exit status: 0, or 2 after one sentence on what is wrong."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or "--help" in words or "-h" in words:
+        print(usage())
+        return 0
+    try:
+        recipe = read_recipe(*_config(words))
+        run(recipe, command=shlex.join(["align/train.py", *words]))
+    except (RecipeError, DataError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def _config(words: list[str]) -> tuple[str | None, list[str]]:
+    """Takes ``--config FILE`` out of the command line."""
+    for i, word in enumerate(words):
+        if word == "--config":
+            if i + 1 == len(words):
+                raise RecipeError("--config takes a YAML file, e.g. launch/recipes/dpo.yaml")
+            return words[i + 1], words[:i] + words[i + 2 :]
+        if word.startswith("--config="):
+            return word.partition("=")[2], words[:i] + words[i + 1 :]
+    return None, words
+
+
+def usage() -> str:
+    """Every key of every section, with default and meaning."""
+    lines = [
+        (__doc__ or "").strip(),
+        "",
+        "Keys (the section may be left out where the key is the only one of its name):",
+    ]
+    for section, cls in SECTIONS.items():
+        lines += ["", f"{section}: {(cls.__doc__ or '').splitlines()[0]}"]
+        docs = field_docs(cls)
+        lines += [f"  --{section}.{key} (default {value!r})\n      {docs[key]}" for key, value in defaults(cls).items()]
+    lines += ["", "objective: name, weight, and the objective's own keys; `python -m objectives` lists them."]
+    return "\n".join(lines)
+
+
+def run(recipe: Recipe, command: str = "") -> Path:
+    """Trains as the recipe says.
+
+    Args:
+        recipe: from ``read_recipe``.
+        command: the command line, for the model card.
+    Returns:
+        The run directory.
+    Raises:
+        RecipeError, DataError, RunError: one sentence on what is wrong and what to do.
+    """
+    first = os.environ.get("RANK", "0") == "0"
+    say: Callable[[str], None] = (lambda line: print(line, flush=True)) if first else lambda line: None
+    for line in recipe.idle:
+        say(f"note: {line}")
+
+    # Imported here, so that a misspelt key is answered at once.
+    from align import assemble, saving
+    from align import model as models
+    from align.build import build
+    from data.preparation import prepare
+    from evals import run_directory
+    from evals.held_out import HeldOut
+
+    # What can be refused without reading a weight is refused now.
+    output_dir = Path(recipe.train.output_dir)
+    checkpoint = None
+    if recipe.train.resume_from_checkpoint is not None:
+        checkpoint = saving.find_checkpoint(recipe.train.resume_from_checkpoint, output_dir)
+        saving.verify(checkpoint)
+        saving.refuse_other_recipe(checkpoint, recipe.resolved())
+    run_directory.check_hub(recipe)
+    config = models.load_config(recipe.model)
+    tokenizer = models.load_tokenizer(recipe.model)
+    prepared = prepare(assemble.data_spec(recipe, models.max_length(recipe.data.max_length, config)), tokenizer)
+    assemble.tell_data(prepared.report, say)
+    assemble.train_plan(recipe, prepared.train.table, share=True, pack=True)
+    if first:
+        saving.claim_output_dir(output_dir, overwrite=recipe.train.overwrite_output_dir, resume=checkpoint is not None)
+        saving.require_space(output_dir, assemble.bytes_needed(recipe), "the weights with their checkpoints")
+
+    # From here on it costs something.
+    held_out = HeldOut(prepared.eval, dataset=run_directory.dataset_names(recipe)) if prepared.eval else None
+    ready = build(recipe, config, tokenizer, prepared, held_out, say)
+    if first:
+        run_directory.begin(ready, output_dir, checkpoint, say)
+    trainer = ready.trainer
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.save_model()
+    except OSError as error:
+        raise saving.explain_os_error(error, output_dir) from error
+    if held_out is not None and held_out.last_step != trainer.state.global_step:
+        trainer.evaluate()
+    if first:
+        run_directory.finish(ready, output_dir, held_out.results if held_out else [], command, say)
+    trainer.accelerator.wait_for_everyone()
+    return output_dir
+
+
+if __name__ == "__main__":
+    sys.exit(main())

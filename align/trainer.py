@@ -1,0 +1,357 @@
+"""The training loop: transformers' Trainer with our batches, our loss and our bookkeeping.
+
+What is overridden, and why:
+  get_train_dataloader   steps are planned; the loader must not be sharded again
+  compute_loss           sums over legs divided by the counts of the whole step, times the number of processes,
+                         because data-parallel engines average gradients over ranks
+  evaluate               per-pair log-probs of held-out rows, with intervals
+  log                    sums and counts since the last line, over all ranks
+  _save_checkpoint       checkpoints appear complete or not at all
+  _prepare_for_training  start-up checks and the reference pass need the wrapped model
+The underscored ones are private to transformers, which is why its version is pinned; the equivalence tests are the alarm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
+
+from align.errors import RunError
+from align.forward import causal_lm, dense, router_weight
+from align.meter import Meter
+from align.saving import PARTIAL, RECIPE, STATE, explain_os_error, publish, write_manifest
+from data.loader import PlannedBatches
+from data.pack import PackedBatch
+from objectives import Leg, LegBatch, Mixture, Output, Term
+
+LiveReference = Callable[[PackedBatch], Tensor]
+PairSums = Mapping[str, np.ndarray]
+"""Per-row sums of an evaluation: ``policy_<leg>``, ``ref_<leg>``, ``length_<leg>`` and ``row``."""
+
+
+class ObjectiveTrainer(Trainer):
+    """Trains a bound model (see ``align.forward.bind``) on planned batches with a mixture of objectives.
+
+    Args:
+        model: with or without adapter; calling it with ``packed=batch`` gives log-probs.
+        args: with ``gradient_accumulation_steps`` equal to the plan's microbatches.
+        mixture: what to minimise.
+        batches: training rows, planned for this rank.
+        eval_batches: held-out rows, all in one step of their plan; None for none.
+        live_reference: maps a batch to reference log-probs in every step; None where they are cached or not needed.
+        prepare: called once with the trainer when the model is wrapped and restored, before the first step; it fills
+            the reference cache and runs the start-up checks.
+        evaluations: maps per-row sums of held-out rows to metrics, logged under ``eval/``.
+        row_name: names a training row for messages.
+        recipe_yaml: stored in every checkpoint.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        args: TrainingArguments,
+        mixture: Mixture,
+        batches: PlannedBatches,
+        eval_batches: PlannedBatches | None = None,
+        live_reference: LiveReference | None = None,
+        prepare: Callable[[ObjectiveTrainer], None] | None = None,
+        evaluations: Callable[[PairSums, int], dict[str, float]] | None = None,
+        row_name: Callable[[int], str] = str,
+        recipe_yaml: str = "",
+        processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        assert args.gradient_accumulation_steps == batches.plan.microbatches
+        self.mixture, self.batches, self.eval_batches = mixture, batches, eval_batches
+        self.live_reference, self.prepare, self.evaluations = live_reference, prepare, evaluations
+        self.row_name, self.recipe_yaml = row_name, recipe_yaml
+        self.objective_state: dict[str, Tensor] = mixture.init_state()
+        self._observed: dict[str, Tensor] = {}
+        self.meter = Meter()
+        self.resumed = False
+        self.rows_seen = self.tokens_seen = 0
+        self._step_losses: list[tuple[PackedBatch, Tensor]] = []
+        self._saving = False
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=batches,
+            eval_dataset=eval_batches,
+            data_collator=lambda items: items[0],
+            processing_class=processing_class,
+            callbacks=[_Bookkeeping(self), *(callbacks or [])],
+        )
+        self.loss_is_scaled_for_ga = True  # counts are of the whole step, so nothing is left to divide by
+        self.router_coef = router_weight(causal_lm(model).config.get_text_config())
+
+    # ---- batches ----
+
+    def get_train_dataloader(self) -> DataLoader[PackedBatch]:
+        """The planned microbatches; not passed through ``accelerator.prepare``, which would shard them again."""
+        return self.batches.loader(self.args.dataloader_num_workers)
+
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
+        """Rows of the training set."""
+        return len(self.batches.table)
+
+    def _prepare_inputs(self, inputs: PackedBatch) -> PackedBatch:  # type: ignore[override]
+        return inputs.to(self.args.device)
+
+    def floating_point_ops(self, inputs: PackedBatch) -> int:  # type: ignore[override]
+        """6 N per useful token, N the parameters of a forward pass without the embedding: what a run is billed for."""
+        return 6 * inputs.useful_tokens * self._forward_parameters
+
+    @property
+    def _forward_parameters(self) -> int:
+        inner = causal_lm(self.accelerator.unwrap_model(self.model))
+        return sum(p.numel() for name, p in inner.named_parameters() if "embed" not in name and "wte" not in name)
+
+    # ---- loss ----
+
+    def legs(self, batch: PackedBatch, flat: Tensor, reference: Tensor | None) -> LegBatch:
+        """Dense legs of a batch from flat log-probs; cached reference log-probs come with the batch."""
+        legs = {}
+        for name, place in batch.legs.items():
+            ref = place.ref_logps if reference is None else dense(reference, batch, name)
+            legs[name] = Leg(logps=dense(flat, batch, name), mask=place.mask, tokens=place.tokens, ref_logps=ref)
+        return LegBatch(legs=legs, state=self.objective_state)
+
+    def compute_output(self, model: nn.Module, batch: PackedBatch) -> tuple[Output, LegBatch, Tensor]:
+        """Terms and metrics of one microbatch, its legs, and a zero that ties every parameter to the graph."""
+        scores = model(packed=batch)
+        flat = scores["logps"]
+        legs = self.legs(batch, flat, self.live_reference(batch) if self.live_reference is not None else None)
+        output = self.mixture(legs)
+        if "router" in scores:
+            coef = self.router_coef / len(batch.legs)
+            router = Term(total=scores["router"], per="row", coef=coef)
+            output = Output(terms={**output.terms, "router": router}, metrics=output.metrics)
+        return output, legs, 0.0 * flat.sum()
+
+    def compute_loss(  # type: ignore[override]
+        self, model: nn.Module, inputs: PackedBatch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """This microbatch's share of the step's loss, times the number of processes."""
+        output, legs, anchor = self.compute_output(model, inputs)
+        loss = output.loss(inputs.counts) + anchor
+        self.meter.add(output, legs.counts())
+        # Mean over microbatches and ranks, times how many there are: the sum of shares, even across a resume.
+        shares = self.args.gradient_accumulation_steps * self.args.world_size
+        self.meter.add_mean("loss", loss.detach() * shares, 1.0)
+        for name, value in self.mixture.observe(legs).items():
+            value = value.detach()
+            self._observed[name] = self._observed[name] + value if name in self._observed else value
+        self._step_losses.append((inputs, loss.detach()))
+        self.rows_seen += len(inputs.rows)
+        self.tokens_seen += inputs.useful_tokens
+        return loss * self.args.world_size
+
+    def finish_step(self) -> None:
+        """Before the optimizer moves: refuses a loss that is not a number. Asks the device once per step."""
+        losses = torch.stack([loss for _, loss in self._step_losses])
+        if not bool(losses.isfinite().all()):
+            first = int((~losses.isfinite()).nonzero()[0])
+            raise RunError(self._name_bad_rows(self._step_losses[first][0], float(losses[first])))
+        self._step_losses = []
+        observed = {name: self.sum_over_ranks(value) for name, value in self._observed.items()}
+        if observed:
+            self.objective_state = self.mixture.update(self.objective_state, observed)
+        self._observed = {}
+
+    def _name_bad_rows(self, batch: PackedBatch, loss: float) -> str:
+        with torch.no_grad(), self.compute_loss_context_manager():
+            flat = self.model_wrapped(packed=batch)["logps"]
+        finite = torch.stack([dense(flat, batch, name).isfinite().all(-1) for name in batch.legs]).all(0)
+        rows = batch.rows[~finite] if not bool(finite.all()) else batch.rows
+        names = "; ".join(self.row_name(int(row)) for row in rows[:5]) or "a batch without rows"
+        step = self.state.global_step + 1
+        return (
+            f"the loss is {loss} at step {step}, in {names}; nothing was updated. Lower train.learning_rate, check these "
+            "rows, or resume from the last checkpoint"
+        )
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        if norm is not None and not bool(torch.as_tensor(norm).isfinite()):
+            rows = [int(row) for batch, _ in self._step_losses for row in batch.rows]
+            names = "; ".join(self.row_name(row) for row in rows[:5])
+            raise RunError(
+                f"the gradient norm is {float(norm)} at step {self.state.global_step + 1}, whose rows begin with {names}; "
+                "nothing was updated. Lower train.learning_rate or check these rows"
+            )
+        return norm
+
+    # ---- ranks ----
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Sum over processes, on the device and in the type that came in."""
+        if self.args.world_size == 1:
+            return values
+        device = values.device
+        moved = values.to(self.args.device)
+        torch.distributed.all_reduce(moved)
+        return moved.to(device)
+
+    def gather(self, value: object) -> list[object]:
+        """One object from every rank, in order of rank."""
+        if self.args.world_size == 1:
+            return [value]
+        gathered: list[object] = [None] * self.args.world_size
+        torch.distributed.all_gather_object(gathered, value)
+        return gathered
+
+    # ---- evaluation ----
+
+    @contextlib.contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Eval mode without gradients, in the run's precision; what was before is restored."""
+        model = self.model_wrapped
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                yield
+        finally:
+            model.train(was_training)
+
+    def score(self, batch: PackedBatch) -> Tensor:
+        """Log-probs of a batch under the policy, without gradient."""
+        with self.scoring():
+            return self.model_wrapped(packed=batch.to(self.args.device))["logps"]
+
+    def evaluate(  # type: ignore[override]
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss and per-pair metrics of the held-out rows; logs them."""
+        assert self.eval_batches is not None
+        meter, sums = Meter(), []
+        with self.scoring():
+            for number in range(len(self.eval_batches)):
+                batch = self.eval_batches[number].to(self.args.device)
+                output, legs, _ = self.compute_output(self.model_wrapped, batch)
+                meter.add(output, legs.counts())
+                meter.add_mean("loss", output.loss(batch.counts) * len(self.eval_batches) * self.args.world_size, 1.0)
+                sums.append(_row_sums(batch, legs))
+        metrics = meter.read(self.sum_over_ranks)
+        gathered = [entry for rank in self.gather(sums) for entry in rank]  # type: ignore[union-attr]
+        rows = {name: np.concatenate([entry[name] for entry in gathered]) for name in gathered[0]}
+        if self.evaluations is not None:
+            metrics |= self.evaluations(rows, self.state.global_step)
+        # The callbacks of transformers know evaluation by this prefix.
+        named = {f"eval_{name.removeprefix('eval/')}": value for name, value in metrics.items()}
+        self.log(dict(named))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
+        return named
+
+    # ---- log ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what the meter holds to a line of training metrics."""
+        if "train_runtime" in logs:
+            return  # a summary of the whole run; the report has it
+        if "loss" in logs:
+            logs |= self.meter.read(self.sum_over_ranks)
+        super().log(logs, start_time)
+
+    # ---- start ----
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        result = super()._init_training_state(*args, **kwargs)
+        checkpoint = kwargs.get("resume_from_checkpoint", args[3] if len(args) > 3 else None)
+        if checkpoint is not None:
+            self.resumed = True
+            stored = json.loads((Path(checkpoint) / STATE).read_text())
+            self.meter.load_state_dict(stored["meter"], first_rank=self.args.process_index == 0)
+            self.objective_state = {
+                name: torch.tensor(entry["values"], dtype=getattr(torch, entry["dtype"])).reshape(entry["shape"])
+                for name, entry in stored["objective_state"].items()
+            }
+        self.objective_state = {name: value.to(self.args.device) for name, value in self.objective_state.items()}
+        return result
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._prepare_for_training(*args, **kwargs)
+        if self.prepare is not None:
+            self.prepare(self)
+        if self.eval_batches is not None and not self.resumed:
+            self.evaluate()
+        return result
+
+    # ---- checkpoints ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / PARTIAL) if self._saving else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes beside the run, then renames: a crash leaves the former checkpoints and no half one."""
+        run_dir = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        meter = self.meter.state_dict(self.sum_over_ranks)
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                partial = run_dir / PARTIAL / name
+                (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle of settings the recipe holds anyway
+                (partial / STATE).write_text(json.dumps({"meter": meter, "objective_state": self._state_to_json()}))
+                (partial / RECIPE).write_text(self.recipe_yaml)
+                write_manifest(partial)
+                publish(partial, run_dir / name)
+                rotate_checkpoints(str(run_dir), save_total_limit=self.args.save_total_limit)
+        except OSError as error:
+            shutil.rmtree(run_dir / PARTIAL, ignore_errors=True)
+            raise explain_os_error(error, run_dir) from error
+        finally:
+            self._saving = False
+        self.accelerator.wait_for_everyone()
+
+    def _state_to_json(self) -> dict[str, Any]:
+        return {
+            name: {
+                "values": value.flatten().tolist(),
+                "shape": list(value.shape),
+                "dtype": str(value.dtype).removeprefix("torch."),
+            }
+            for name, value in self.objective_state.items()
+        }
+
+
+def _row_sums(batch: PackedBatch, legs: LegBatch) -> dict[str, np.ndarray]:
+    sums = {"row": batch.rows.cpu().numpy()}
+    for name in legs:
+        leg = legs[name]
+        sums[f"policy_{name}"] = leg.sum_logps().double().cpu().numpy()
+        sums[f"length_{name}"] = leg.length().cpu().numpy()
+        if leg.ref_logps is not None:
+            sums[f"ref_{name}"] = leg.ref_sum_logps().double().cpu().numpy()
+    return sums
+
+
+class _Bookkeeping(TrainerCallback):
+    """Tells the trainer where the loop is."""
+
+    def __init__(self, trainer: ObjectiveTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Chooses the epoch's plan. ``state.epoch`` is a fraction; a resumed epoch begins in its middle."""
+        trainer = self.trainer
+        trainer.batches.set_epoch(state.global_step // trainer.batches.plan.steps_per_epoch)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.finish_step()

@@ -1,0 +1,53 @@
+"""Held-out rows during training: from per-row sums to estimates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from data.preparation import Split
+from evals.ranking import Pairs, rank
+from evals.results import Result, as_metrics
+
+
+class HeldOut:
+    """Ranking accuracy of policy and reference, displacement and flow, at every evaluation of a run.
+
+    Args:
+        split: the held-out rows; gives each row's prompt, by which intervals are clustered.
+        dataset: what to call them.
+    """
+
+    def __init__(self, split: Split, dataset: str) -> None:
+        self.split, self.dataset = split, dataset
+        self.results: list[Result] = []
+        self.last_step = -1
+
+    def __call__(self, sums: Mapping[str, np.ndarray], step: int) -> dict[str, float]:
+        """Estimates of one evaluation, as flat metrics; kept in ``results`` too.
+
+        Args:
+            sums: ``row``, and ``policy_<leg>``, ``ref_<leg>``, ``length_<leg>`` per row, in any order.
+            step: optimizer steps taken.
+        """
+        self.last_step = step
+        if not {"policy_chosen", "policy_rejected"} <= set(sums):
+            return {}  # supervised rows have no pair to rank
+        # Sorted by row, so that floating-point sums do not depend on how rows were distributed.
+        order = np.argsort(sums["row"], kind="stable")
+        by_row = {name: values[order] for name, values in sums.items()}
+        ranking = rank(
+            Pairs(
+                policy_chosen=by_row["policy_chosen"],
+                policy_rejected=by_row["policy_rejected"],
+                length_chosen=by_row["length_chosen"],
+                length_rejected=by_row["length_rejected"],
+                prompts=self.split.prompts[by_row["row"]].tolist(),
+                ref_chosen=by_row.get("ref_chosen"),
+                ref_rejected=by_row.get("ref_rejected"),
+            )
+        )
+        found = ranking.results(dataset=self.dataset, split="held out", step=step)
+        self.results = [result for result in self.results if result.step != step] + found
+        return as_metrics(found)
