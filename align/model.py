@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,7 +193,10 @@ def add_adapter(model: Any, lora: LoraSection) -> nn.Module:
         use_dora=lora.use_dora,
     )
     try:
-        return get_peft_model(model, settings)
+        with warnings.catch_warnings():
+            # peft 0.21 reads a name that transformers 5.23 has renamed. Remove with peft 0.22.
+            warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
+            return get_peft_model(model, settings)
     except ValueError as error:
         linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise RunError(

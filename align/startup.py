@@ -85,8 +85,8 @@ class Startup:
         found = sum(int(leg.done.sum()) for legs in stored for leg in legs.values())
         if lacking and trainer.resumed and self.frozen is None:
             raise RunError(
-                "the reference log-probs of this run are no longer in the cache (ALIGN_CACHE), and the policy has moved "
-                "on from the model they came from; restore the cache or start again without resume_from_checkpoint"
+                "the reference log-probs of this run are no longer in the cache (ALIGN_CACHE), and the policy has "
+                "moved on from the model they came from; restore the cache, or start again"
             )
         # On resume the policy is not what the cache was computed from: read it, and leave it at that.
         if lacking or (found and not trainer.resumed):

@@ -14,11 +14,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data.errors import DataError
-
 from align.errors import RecipeError, RunError
 from align.recipe import Recipe, read_recipe
 from align.sections import SECTIONS
+from data.errors import DataError
 from objectives.registry import defaults, field_docs
 
 
@@ -64,6 +63,16 @@ def usage() -> str:
     return "\n".join(lines)
 
 
+def quiet_libraries() -> None:
+    """Keeps what libraries print about themselves out of the way of what a run has to say."""
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
+
+
 def run(recipe: Recipe, command: str = "") -> Path:
     """Trains as the recipe says.
 
@@ -79,6 +88,7 @@ def run(recipe: Recipe, command: str = "") -> Path:
     say: Callable[[str], None] = (lambda line: print(line, flush=True)) if first else lambda line: None
     for line in recipe.idle:
         say(f"note: {line}")
+    quiet_libraries()
 
     # Imported here, so that a misspelt key is answered at once.
     from align import assemble, saving
@@ -109,7 +119,7 @@ def run(recipe: Recipe, command: str = "") -> Path:
     held_out = HeldOut(prepared.eval, dataset=run_directory.dataset_names(recipe)) if prepared.eval else None
     ready = build(recipe, config, tokenizer, prepared, held_out, say)
     if first:
-        run_directory.begin(ready, output_dir, checkpoint, say)
+        run_directory.begin(ready, output_dir, checkpoint, held_out, say)
     trainer = ready.trainer
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -8,7 +8,7 @@ What is overridden, and why:
   log                    sums and counts since the last line, over all ranks
   _save_checkpoint       checkpoints appear complete or not at all
   _prepare_for_training  start-up checks and the reference pass need the wrapped model
-The underscored ones are private to transformers, which is why its version is pinned; the equivalence tests are the alarm.
+The underscored ones are private to transformers, which is why its version is pinned; equivalence tests are the alarm.
 """
 
 from __future__ import annotations
@@ -107,6 +107,9 @@ class ObjectiveTrainer(Trainer):
         """Rows of the training set."""
         return len(self.batches.table)
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> None:
+        """Nothing to count: every batch carries the counts of its whole step, from the plan."""
+
     def _prepare_inputs(self, inputs: PackedBatch) -> PackedBatch:  # type: ignore[override]
         return inputs.to(self.args.device)
 
@@ -179,8 +182,8 @@ class ObjectiveTrainer(Trainer):
         names = "; ".join(self.row_name(int(row)) for row in rows[:5]) or "a batch without rows"
         step = self.state.global_step + 1
         return (
-            f"the loss is {loss} at step {step}, in {names}; nothing was updated. Lower train.learning_rate, check these "
-            "rows, or resume from the last checkpoint"
+            f"the loss is {loss} at step {step}, in {names}; nothing was updated. Lower train.learning_rate, check "
+            "these rows, or resume from the last checkpoint"
         )
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -189,8 +192,8 @@ class ObjectiveTrainer(Trainer):
             rows = [int(row) for batch, _ in self._step_losses for row in batch.rows]
             names = "; ".join(self.row_name(row) for row in rows[:5])
             raise RunError(
-                f"the gradient norm is {float(norm)} at step {self.state.global_step + 1}, whose rows begin with {names}; "
-                "nothing was updated. Lower train.learning_rate or check these rows"
+                f"the gradient norm is {float(norm)} at step {self.state.global_step + 1}, with rows {names} …;"
+                " nothing was updated. Lower train.learning_rate or check these rows"
             )
         return norm
 
@@ -312,6 +315,7 @@ class ObjectiveTrainer(Trainer):
                 (partial / RECIPE).write_text(self.recipe_yaml)
                 write_manifest(partial)
                 publish(partial, run_dir / name)
+                partial.parent.rmdir()
                 rotate_checkpoints(str(run_dir), save_total_limit=self.args.save_total_limit)
         except OSError as error:
             shutil.rmtree(run_dir / PARTIAL, ignore_errors=True)

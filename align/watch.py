@@ -138,9 +138,9 @@ class DisplacementAlarm(TrainerCallback):
         logs["alarm/displacement"] = self.alarmed_at
         if state.is_world_process_zero:
             self.say(
-                f"step {state.global_step}: likelihood displacement. Chosen responses lost {self.alarmed_at:.1f} nats on "
-                f"average since the start (now {logs['logps/chosen']:.1f}) while the margin rose to "
+                f"step {state.global_step}: likelihood displacement. Chosen responses lost {self.alarmed_at:.1f} nats "
+                f"on average since the start (now {logs['logps/chosen']:.1f}) while the margin rose to "
                 f"{logs['rewards/margins']:.2f}: probability goes to responses that are in no pair. If that is not "
-                "what you want: add a likelihood term (objective: [{name: dpo}, {name: sft, leg: chosen, weight: 0.2}]), "
-                "raise beta, lower the learning rate, or remove pairs whose responses are nearly alike."
+                "what you want: add a likelihood term (objective: [{name: dpo}, {name: sft, leg: chosen, weight: 0.2}])"
+                ", raise beta, lower the learning rate, or remove pairs whose responses are nearly alike."
             )

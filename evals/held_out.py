@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -17,10 +17,13 @@ class HeldOut:
     Args:
         split: the held-out rows; gives each row's prompt, by which intervals are clustered.
         dataset: what to call them.
+        keep: told all results after every evaluation, so that a run that is killed has those it made.
     """
 
-    def __init__(self, split: Split, dataset: str) -> None:
-        self.split, self.dataset = split, dataset
+    def __init__(
+        self, split: Split, dataset: str, keep: Callable[[Sequence[Result]], None] = lambda results: None
+    ) -> None:
+        self.split, self.dataset, self.keep = split, dataset, keep
         self.results: list[Result] = []
         self.last_step = -1
 
@@ -50,4 +53,5 @@ class HeldOut:
         )
         found = ranking.results(dataset=self.dataset, split="held out", step=step)
         self.results = [result for result in self.results if result.step != step] + found
+        self.keep(self.results)
         return as_metrics(found)

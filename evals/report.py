@@ -21,7 +21,7 @@ from evals.ranking import METRICS
 from evals.redact import public, redact, scrub, shown_name
 from evals.results import Result, write_atomically
 from evals.run_files import RunFiles, read_run
-from evals.summary import headline, notes, show, show_interval, unit_of
+from evals.summary import Point, headline, notes, show, show_interval, unit_of
 
 MOST_ROWS = 50
 """Dropped rows listed by name; all of them are counted."""
@@ -76,10 +76,7 @@ def _context(run: RunFiles) -> dict[str, Any]:
         "steps": run.steps,
         "rows": (run.data.get("rows") or {}).get("train"),
         "headline": top,
-        "points": [
-            (p, whisker(p.value, p.low or p.value, p.high or p.value, span=span, colour=i))
-            for i, p in enumerate(points)
-        ],
+        "points": [(p, _point_bar(p, span, colour)) for colour, p in enumerate(points)],
         "axis": (show_share(span[0]), show_share(span[1])),
         "notes": notes(run),
         "panels": _panels(run),
@@ -120,6 +117,12 @@ def _bar(result: Result) -> Markup | None:
     if unit_of(result.metric) != "share" or result.low is None or result.high is None:
         return None
     return whisker(result.value, result.low, result.high, span=(0.0, 1.0))
+
+
+def _point_bar(point: Point, span: tuple[float, float], colour: int) -> Markup:
+    low = point.value if point.low is None else point.low
+    high = point.value if point.high is None else point.high
+    return whisker(point.value, low, high, span=span, colour=colour)
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:

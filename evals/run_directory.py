@@ -19,6 +19,7 @@ from align.errors import RecipeError, RunError
 from align.recipe import Recipe
 from evals import hub
 from evals.card import CardInfo, write_card
+from evals.held_out import HeldOut
 from evals.report import write_report
 from evals.results import Result, Results
 from objectives import OBJECTIVES
@@ -51,19 +52,24 @@ def dataset_names(recipe: Recipe) -> str:
     return str(recipe.data.dataset_name)
 
 
-def begin(run: Run, output_dir: Path, checkpoint: Path | None, say: Say) -> None:
+def begin(run: Run, output_dir: Path, checkpoint: Path | None, held_out: HeldOut | None, say: Say) -> None:
     """Writes what is known before the first step, and takes back what a former process logged after its checkpoint."""
     (output_dir / "recipe.yaml").write_text(run.recipe.to_yaml())
     _write(output_dir / "data_report.json", run.prepared.report)
     example = checks.rendered(run.prepared.train.table, 0, run.tokenizer, run.prepared.train.name(0))
     (output_dir / "example.txt").write_text(example)
     say(example if len(example) < 3000 else f"{example[:1500]}\n[…]\n{example[-1500:]}")
+    if held_out is not None:
+        held_out.keep = lambda results: Results(run=_facts(run), results=results).write(output_dir / "results.json")
     step = 0 if checkpoint is None else int(checkpoint.name.split("-")[-1])
     if checkpoint is None:
         run.metrics.path.unlink(missing_ok=True)
         return
     lines = run.metrics.cut_after(step)
     run.alarm.replay(lines)
+    if held_out is not None and (output_dir / "results.json").is_file():
+        earlier = Results.read(output_dir / "results.json").results
+        held_out.results = [result for result in earlier if result.step <= step]
     resumes = _read(output_dir / RESUMES, [])
     _write(output_dir / RESUMES, [*resumes, f"resumed from step {step}"])
     say(f"resuming from {checkpoint.name}")
@@ -76,12 +82,7 @@ def finish(run: Run, output_dir: Path, results: Sequence[Result], command: str, 
         RunError: the push failed; everything is on disk by then.
     """
     (output_dir / "training_args.bin").unlink(missing_ok=True)  # a pickle of settings that recipe.yaml holds
-    former = output_dir / "results.json"
-    if run.trainer.resumed and former.is_file():
-        known = {(result.metric, result.step) for result in results}
-        earlier = [result for result in Results.read(former).results if (result.metric, result.step) not in known]
-        results = [*earlier, *results]
-    Results(run=_facts(run), results=results).write(former)
+    Results(run=_facts(run), results=results).write(output_dir / "results.json")
     _write(output_dir / "checks.json", [asdict(check) for check in run.startup.checks])
     write_report(output_dir)
     recipe = run.recipe

@@ -1,7 +1,7 @@
 """What objectives there are.
 
-    python -m objectives            name, formula, needs, defaults and source of each
-    python -m objectives show dpo   one in full
+python -m objectives            name, formula, needs, defaults and source of each
+python -m objectives show dpo   one in full
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def full(name: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m objectives", description=__doc__)
     commands = parser.add_subparsers(dest="command")
     show = commands.add_parser("show", help="one objective in full")

@@ -17,7 +17,8 @@ def preference_metrics(
 
     Args:
         batch: supplies the policy's log-probs of both legs.
-        chosen, rejected: rewards of the two responses, in the objective's own unit.
+        chosen: rewards of the chosen responses, in the objective's own unit.
+        rejected: those of the rejected ones.
     Returns:
         Rewards, margins, accuracies (a tie counts one half), and summed log-probs of both legs.
     """

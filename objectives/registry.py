@@ -8,6 +8,7 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from itertools import pairwise
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -76,8 +77,9 @@ def field_docs(cls: type) -> dict[str, str]:
     """The string written under each field of a dataclass, by field name: keys are documented once, there."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     docs: dict[str, str] = {}
-    body = tree.body[0].body  # type: ignore[attr-defined]
-    for node, following in zip(body, body[1:], strict=False):
+    assert isinstance(tree.body[0], ast.ClassDef)
+    body = tree.body[0].body
+    for node, following in pairwise(body):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             text = following.value if isinstance(following, ast.Expr) else None
             if isinstance(text, ast.Constant) and isinstance(text.value, str):

@@ -41,6 +41,7 @@ def wilson(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
     Args:
         successes: in [0, n]; a fraction only as an approximation.
         n: trials, ≥ 1.
+        z: quantile of the normal distribution; the default gives 95 %.
     Returns:
         Lower and upper limit, in [0, 1].
     """

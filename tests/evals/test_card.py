@@ -1,5 +1,6 @@
 """The card: metadata the Hub can read, a body nothing from data can break."""
 
+import html
 import json
 import re
 
@@ -196,8 +197,6 @@ def test_escaped_text_comes_out_as_it_was(text):
     found = re.fullmatch(r"<p>(.*)</p>\n", page, re.DOTALL)
     assert found is not None, page
     assert "<" not in found[1]
-    import html
-
     assert html.unescape(found[1]) == " ".join(text.split())
 
 

@@ -1,0 +1,217 @@
+"""Files, folders and Hub datasets to plain dictionaries, one per row, in order.
+
+JSON is read with the standard library and everything else through ``datasets``. Arrow gives all values of a column one
+type: strings that look like dates become timestamps, missing keys of nested objects become None, mixed types are
+refused. Preference data has all three, and a fault in it should name the line.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import datasets
+from datasets.exceptions import DatasetNotFoundError
+
+from data.errors import DataError
+
+KINDS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
+KNOWN_FILES = "json, jsonl, parquet, arrow or csv, also with .gz"
+METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+
+
+def read(dataset_name: str, *, split: str, config: str | None = None) -> Iterator[Any]:
+    """The raw rows of one split; dictionaries, unless a JSON file holds something else.
+
+    A name is local if a path of that name exists, if it starts with ``.``, ``/`` or ``~``, or if it ends like a data
+    file; only other names are looked up on the Hub. A single file is a split called train; a folder has the splits that
+    ``datasets`` reads off its file names.
+
+    Raises:
+        DataError: nothing there, no such split, files of several kinds, or a file that can't be parsed.
+    """
+    if "[" in split or "+" in split:
+        raise DataError(f"{dataset_name}: split {split!r} is a slice or a sum; name one split, and set data.max_rows")
+    if not looks_local(dataset_name):
+        return _from_hub(dataset_name, split, config)
+    path = Path(os.path.expanduser(dataset_name))
+    if not path.exists():
+        raise DataError(f"{dataset_name}: no such file or folder; for a dataset on the Hub write owner/name")
+    if path.is_file():
+        if config is not None:
+            raise DataError(f"{dataset_name}: a file has no configurations; leave out dataset_config {config!r}")
+        return _from_files(dataset_name, {"train": [path]}, split)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _from_saved(dataset_name, path, split)
+    return _from_files(dataset_name, _splits_of_folder(dataset_name, path, config), split)
+
+
+def looks_local(dataset_name: str) -> bool:
+    """Whether a name means a path; see ``read``."""
+    path = Path(os.path.expanduser(dataset_name))
+    return dataset_name.startswith((".", "/", "~")) or path.exists() or _kind(path) is not None
+
+
+def _kind(path: Path) -> str | None:
+    name = path.name.lower().removesuffix(".gz")
+    return next((kind for suffix, kind in KINDS.items() if name.endswith(suffix)), None)
+
+
+def _splits_of_folder(name: str, folder: Path, config: str | None) -> dict[str, list[Path]]:
+    """Files by split. Every data file in the folder is in one of them."""
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and _kind(path) is not None
+        and path.name not in METADATA
+        and not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
+    ]
+    if not files:
+        raise DataError(f"{name}: the folder holds no data files; expected {KNOWN_FILES}")
+    kinds = {str(_kind(path)): path.name for path in reversed(files)}
+    if len(kinds) > 1:
+        found = ", ".join(f"{kind} ({example})" for kind, example in sorted(kinds.items()))
+        raise DataError(f"{name}: the folder mixes kinds of files: {found}; keep one kind, or name one file")
+    with _explained(name):
+        found = datasets.load_dataset_builder(str(folder), name=config).config.data_files
+    splits = {str(split): [Path(file) for file in paths] for split, paths in (found or {}).items()}
+    read_files = {path.resolve() for paths in splits.values() for path in paths}
+    unread = [path for path in files if path.resolve() not in read_files]
+    # A README may choose files on purpose; without one, `datasets` leaves out files whose names are in no split as soon
+    # as another file's name is.
+    if unread and not (folder / "README.md").is_file():
+        raise DataError(
+            f"{name}: {unread[0].relative_to(folder)} belongs to none of the splits {', '.join(splits)}; "
+            "put a split's name into every file name, or name one file"
+        )
+    return splits
+
+
+def _pick(name: str, splits: Mapping[str, Any], split: str) -> Any:
+    if split not in splits:
+        raise DataError(f"{name}: there is no split {split!r}; it has {', '.join(map(repr, splits))}")
+    return splits[split]
+
+
+def _from_files(name: str, splits: Mapping[str, Sequence[Path]], split: str) -> Iterator[Any]:
+    files = _pick(name, splits, split)
+    kind = _kind(files[0])
+    if kind is None:
+        raise DataError(f"{name}: don't know how to read {files[0].suffix or 'a file without a suffix'}: {KNOWN_FILES}")
+    if kind == "json":
+        return (row for path in files for row in read_json(path))
+    options: dict[str, Any] = {}
+    if kind == "csv":
+        # All columns are text: 42 and NA are answers here, not a number and a missing value.
+        text = datasets.Value("string")
+        options = {"features": datasets.Features(dict.fromkeys(_header(files[0]), text))}
+        options["keep_default_na"] = False
+    with _explained(name):
+        found = datasets.load_dataset(kind, data_files={split: [str(path) for path in files]}, split=split, **options)
+    return iter(found)
+
+
+def _from_saved(name: str, folder: Path, split: str) -> Iterator[Any]:
+    """What ``save_to_disk`` wrote."""
+    with _explained(name):
+        found = datasets.load_from_disk(str(folder))
+    splits: dict[str, Any] = {str(key): value for key, value in found.items()} if isinstance(found, dict) else {}
+    splits = splits or {"train": found}
+    return iter(_pick(name, splits, split))
+
+
+def _from_hub(name: str, split: str, config: str | None) -> Iterator[Any]:
+    try:
+        with _explained(name):
+            return iter(datasets.load_dataset(name, config, split=split))
+    except DatasetNotFoundError as error:
+        raise DataError(
+            f"{name}: no such dataset on the Hub, or it takes a login (hf auth login), and no local path of that name"
+        ) from error
+    except ConnectionError as error:
+        raise DataError(
+            f"{name}: the Hub can't be reached ({_brief(error)}); check the network, or give a local file or folder"
+        ) from error
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Runs a part of ``datasets`` without its bars and logs; what it raises becomes one sentence."""
+    level = datasets.utils.logging.get_verbosity()
+    bars = not datasets.are_progress_bars_disabled()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    except (DataError, DatasetNotFoundError, ConnectionError):
+        raise
+    except Exception as error:  # whatever pyarrow, pandas and datasets raise on bad files has no common base
+        if "corresponds to no data" in str(error):
+            raise DataError(f"{name}: the dataset has no rows") from error
+        raise DataError(f"{name}: can't be read: {_brief(error.__cause__ or error)}") from error
+    finally:
+        datasets.utils.logging.set_verbosity(level)
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _brief(error: BaseException) -> str:
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def read_json(path: Path) -> Iterator[Any]:
+    """The rows of a JSON file: one value per line, or one list of rows.
+
+    Raises:
+        DataError: the file can't be parsed; names the line.
+    """
+    with _opened(path) as file:
+        begun = False
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            if not begun and line.lstrip().startswith("["):
+                yield from _parse(path, line + file.read(), number)
+                return
+            begun = True
+            yield _parse(path, line.strip(), number)
+
+
+def _parse(path: Path, text: str, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line = first_line + (error.lineno - 1 if isinstance(error, json.JSONDecodeError) else 0)
+        why = error.msg if isinstance(error, json.JSONDecodeError) else _brief(error)
+        raise DataError(
+            f"{path}, line {line}: not valid JSON ({why}); expected one object per line, or one list of objects"
+        ) from error
+
+
+def _header(path: Path) -> list[str]:
+    with _opened(path) as file:
+        columns = next(csv.reader(file), [])
+    if not columns:
+        raise DataError(f"{path}: the file is empty; expected a first line with column names")
+    return columns
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    try:
+        opener = gzip.open if path.name.lower().endswith(".gz") else open
+        with opener(path, "rt", encoding="utf-8-sig") as file:
+            yield file  # type: ignore[misc]  # gzip.open and open have no common signature
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: can't be read: {_brief(error)}") from error

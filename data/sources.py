@@ -1,0 +1,144 @@
+"""Sources: where rows come from. Reads a dataset, recognises its format, converts it to rows, mixes several."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import Any
+
+from data.errors import DataError
+from data.formats import COLUMNS, FORMATS, RowProblem, recognise, to_row
+from data.reading import read
+from objectives.registry import did_you_mean
+from objectives.rows import Row
+
+HEAD = 64
+"""Rows looked at to recognise a format."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One dataset, and how to read it."""
+
+    dataset_name: str
+    """Hub id, or path of a local file or folder (json, jsonl, parquet, arrow, csv, also .gz)."""
+    split: str = "train"
+    """Which split to read. A single file is a split called train."""
+    config: str | None = None
+    """Name of the dataset's configuration, where it has several."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Our column names to theirs, e.g. {prompt: question, chosen: better, rejected: worse}."""
+    weight: float = 1.0
+    """How often each row occurs in an epoch, > 0: 1 once, 0.5 a random half of the rows, 2 twice."""
+    format: str = "auto"
+    """How rows are written, by name; auto recognises it."""
+    as_chat: bool = False
+    """Turn plain strings and HH transcripts into messages."""
+
+    def __post_init__(self) -> None:
+        if not self.dataset_name.strip():
+            raise DataError("data.dataset_name is empty; give a Hub id, or the path of a file or folder")
+        _check_weight(self.dataset_name, self.weight)
+        if self.format != "auto" and self.format not in FORMATS:
+            raise DataError(
+                f"data.format: unknown format {self.format!r}{did_you_mean(self.format, ['auto', *FORMATS])} "
+                f"(known: auto, {', '.join(FORMATS)})"
+            )
+        for ours in self.columns:
+            if ours not in COLUMNS:
+                raise DataError(
+                    f"data.columns: {ours!r} is no column of ours{did_you_mean(ours, list(COLUMNS))} "
+                    f"(known: {', '.join(COLUMNS)}); write {{ours: theirs}}"
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedRows:
+    """What a source gave."""
+
+    source: str
+    """``Source.dataset_name``."""
+    format: str
+    """Name of the format that was recognised."""
+    rows: list[Row]
+    problems: list[RowProblem]
+    """Rows that can't be used, each with its reason. Together with ``rows`` they are all rows that were read."""
+
+
+def load_rows(source: Source, *, limit: int | None = None) -> LoadedRows:
+    """Reads a source and converts it to rows.
+
+    Args:
+        source: the dataset and how to read it.
+        limit: read only this many rows of the data, from the first; those with problems count.
+    Raises:
+        DataError: the dataset can't be read, is empty, fits no format, or has no row without a problem.
+    """
+    assert limit is None or limit >= 1, limit
+    raws = islice(read(source.dataset_name, split=source.split, config=source.config), limit)
+    head = list(islice(raws, HEAD))
+    if not head:
+        raise DataError(f"{source.dataset_name}: the dataset has no rows in split {source.split!r}")
+    _check_columns(source, head)
+    form = recognise([_renamed(raw, source.columns) for raw in head], where=source.dataset_name, name=source.format)
+    rows: list[Row] = []
+    problems: list[RowProblem] = []
+    for index, raw in enumerate(_renamed(raw, source.columns) for raw in chain(head, raws)):
+        result = to_row(raw, form, source=source.dataset_name, index=index, as_chat=source.as_chat)
+        (rows if isinstance(result, Row) else problems).append(result)  # type: ignore[arg-type]
+    if not rows:
+        raise DataError(
+            f"{source.dataset_name}: none of {len(problems)} rows can be used as {form.name} ({form.expects}); "
+            f"row {problems[0].index}: {problems[0].reason}"
+        )
+    return LoadedRows(source=source.dataset_name, format=form.name, rows=rows, problems=problems)
+
+
+def _renamed(raw: Any, columns: Mapping[str, str]) -> Any:
+    """The row under our column names; a column of theirs that already has one of our names gives way."""
+    if not columns or not isinstance(raw, Mapping):
+        return raw
+    theirs = set(columns.values())
+    rest = {name: value for name, value in raw.items() if name not in theirs}
+    return rest | {ours: raw.get(name) for ours, name in columns.items()}
+
+
+def _check_columns(source: Source, head: Sequence[Any]) -> None:
+    found = dict.fromkeys(name for raw in head if isinstance(raw, Mapping) for name in raw)
+    for ours, theirs in source.columns.items():
+        if theirs not in found:
+            raise DataError(
+                f"{source.dataset_name}: data.columns maps {ours} to {theirs!r}, which is not there"
+                f"{did_you_mean(theirs, list(found))} (columns: {', '.join(map(str, found)) or 'none'})"
+            )
+
+
+def mix(loaded: Sequence[tuple[LoadedRows, float]], seed: int) -> list[Row]:
+    """Several sources as one list of rows, each row as often as its source's weight says.
+
+    A weight of 2.5 gives two copies of every row and a random half on top, drawn without replacement. Rows keep their
+    order, source by source; what is drawn depends on ``seed`` and the source's position alone.
+
+    Raises:
+        DataError: a weight is not positive, or so small that no row is left.
+    """
+    return [row for position, (part, weight) in enumerate(loaded) for row in _repeated(part, weight, seed, position)]
+
+
+def _repeated(part: LoadedRows, weight: float, seed: int, position: int) -> Iterator[Row]:
+    _check_weight(part.source, weight)
+    copies = math.floor(weight)
+    extra = round((weight - copies) * len(part.rows))
+    if copies == 0 and extra == 0:
+        raise DataError(f"{part.source}: weight {weight} of {len(part.rows)} rows leaves none; raise the weight")
+    drawn = random.Random(f"mix/{seed}/{position}").sample(range(len(part.rows)), extra)
+    order = chain(*[range(len(part.rows))] * copies, sorted(drawn))
+    return (part.rows[i] for i in order)
+
+
+def _check_weight(name: str, weight: float) -> None:
+    if not (math.isfinite(weight) and weight > 0):
+        raise DataError(f"{name}: weight must be a number > 0, not {weight}; leave the dataset out to not use it")

