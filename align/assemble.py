@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data.sources import Source
 from transformers import TrainingArguments
 
 from align.errors import RecipeError
@@ -18,6 +17,7 @@ from align.recipe import Recipe
 from align.sections import DataSection, DatasetSection
 from data.plan import Layout, Plan
 from data.preparation import DataSpec
+from data.sources import Source
 from data.store import TokenTable
 from data.tokens import TokenPolicy
 
@@ -31,7 +31,7 @@ def data_spec(recipe: Recipe, max_length: int) -> DataSpec:
     if data.eval_dataset_name is not None:
         held_out = Source(
             dataset_name=data.eval_dataset_name,
-            split=data.eval_split,
+            split=data.eval_split or ("train" if Path(data.eval_dataset_name).is_file() else "test"),
             columns=data.columns,
             format=data.format,
             as_chat=data.as_chat,

@@ -195,7 +195,9 @@ def add_adapter(model: Any, lora: LoraSection) -> nn.Module:
     try:
         with warnings.catch_warnings():
             # peft 0.21 reads a name that transformers 5.23 has renamed. Remove with peft 0.22.
-            warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
+            warnings.filterwarnings(
+                "ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning
+            )
             return get_peft_model(model, settings)
     except ValueError as error:
         linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})

@@ -295,6 +295,8 @@ def _section(cls: type, values: Mapping[str, Any], path: str) -> Any:
                 raise RecipeError(f"{path}.{key} must be a list of datasets, got {value!r}")
             converted[key] = [_section(DatasetSection, entry, f"{path}.{key}.{i}") for i, entry in enumerate(value)]
             continue
+        if value is False and "no" in get_args(hints[key]):
+            value = "no"  # YAML reads a bare no as false
         if key == "report_to" and isinstance(value, str):
             value = [] if value == "none" else [value]
         try:

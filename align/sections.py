@@ -99,8 +99,8 @@ class DataSection:
     """Several datasets with weights, instead of dataset_name and the keys that go with it."""
     eval_dataset_name: str | None = None
     """Dataset to evaluate on; without it a share of the prompts is held out."""
-    eval_split: str = "test"
-    """Split of eval_dataset_name."""
+    eval_split: str | None = None
+    """Split of eval_dataset_name. Default: test; for a single file, all of it."""
     eval_share: float = 0.05
     """Share of the prompts held out when no eval dataset is given, in [0, 0.5]; 0 means no evaluation."""
     as_chat: bool = False

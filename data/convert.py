@@ -6,22 +6,15 @@ that rows can be counted by them.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from data.cells import RowError, is_text, number_in, text_in, turn
 from objectives.rows import Message, Text
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-
-TEMPLATE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
-"""What chat templates read of a message. Other keys (ids, time stamps) would only make equal turns differ."""
-
-
-class RowError(ValueError):
-    """Why one row can't be used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,11 +158,6 @@ def checked(draft: Draft) -> Draft:
     return draft
 
 
-def turn(role: str, content: str) -> Message:
-    """One message."""
-    return {"role": role, "content": content}
-
-
 def _is_empty(response: Text) -> bool:
     if isinstance(response, str):
         return not response.strip()
@@ -181,56 +169,13 @@ def _responses(raw: Mapping[str, Any]) -> dict[str, Text]:
     chosen, rejected = _texts(raw, "chosen", "rejected")
     gold = raw.get("gold", raw.get("reference"))
     # A column called reference may hold anything (sources, numbers): it is gold only where it is text or messages.
-    if gold is None or ("gold" not in raw and not _is_text(gold)):
+    if gold is None or ("gold" not in raw and not is_text(gold)):
         return {"chosen": chosen, "rejected": rejected}
-    return {"chosen": chosen, "rejected": rejected, "gold": _text(gold, "gold")}
+    return {"chosen": chosen, "rejected": rejected, "gold": text_in(gold, "gold")}
 
 
 def _texts(raw: Mapping[str, Any], *columns: str) -> list[Text]:
-    return [_text(raw.get(column), column) for column in columns]
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) or (
-        isinstance(value, list) and bool(value) and all(isinstance(m, Mapping) and "role" in m for m in value)
-    )
-
-
-def _text(value: Any, column: str) -> Text:
-    """A string as it is, or messages reduced to what chat templates read."""
-    if isinstance(value, str):
-        return value
-    if value is None:
-        raise RowError(f"no {column}")
-    if isinstance(value, Mapping) and "role" in value:
-        value = [value]
-    if not isinstance(value, Sequence):
-        raise RowError(f"{column} is neither text nor messages")
-    if not value:
-        raise RowError(f"{column} is an empty list")
-    return tuple(_message(message, column) for message in value)
-
-
-def _message(message: Any, column: str) -> Message:
-    if not isinstance(message, Mapping):
-        raise RowError(f"{column} is a list of something other than messages")
-    # Arrow fills keys that other messages have with None; templates ask whether a key is there.
-    kept = {key: _without_none(message[key]) for key in TEMPLATE_KEYS if message.get(key) is not None}
-    if not isinstance(kept.get("role"), str):
-        raise RowError(f"a message of {column} has no role")
-    if "content" not in kept and not kept.get("tool_calls"):
-        raise RowError(f"a message of {column} has no content")
-    if not isinstance(kept.get("content", ""), str):
-        raise RowError(f"a message of {column} has content that is not text")
-    return kept
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_none(item) for item in value]
-    return value
+    return [text_in(raw.get(column), column) for column in columns]
 
 
 def _joined(prompt: Text, responses: Mapping[str, Text]) -> dict[str, Any]:
@@ -296,7 +241,7 @@ def _listed(raw: Mapping[str, Any]) -> list[tuple[str, float]]:
         pairs = list(zip(responses, scores, strict=True))
     if not all(isinstance(text, str) for text, _ in pairs):
         raise RowError("a response that is not text")
-    return [(text, _number(score, "score")) for text, score in pairs]
+    return [(text, number_in(score, "score")) for text, score in pairs]
 
 
 def _scores(raw: Mapping[str, Any]) -> dict[str, float]:
@@ -305,17 +250,5 @@ def _scores(raw: Mapping[str, Any]) -> dict[str, float]:
     for leg in ("chosen", "rejected", "gold"):
         for column in (f"score_{leg}", f"{leg}_score"):
             if raw.get(column) not in (None, ""):  # CSV has no other way to leave a score out
-                found[leg] = _number(raw[column], column)
+                found[leg] = number_in(raw[column], column)
     return found
-
-
-def _number(value: Any, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise RowError(f"{what} is not a number")
-    try:
-        number = float(value)  # of a string too: every column of a CSV file is text
-    except (ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise RowError(f"{what} is not a finite number")
-    return number

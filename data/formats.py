@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from data.cells import RowError
 from data.convert import (
     ASSISTANT,
     Draft,
-    RowError,
     checked,
     messages,
     paired,

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from data.store import TokenTable
+from data.store import Ragged, TokenTable
 from objectives.output import Counts
 
 PADDING = -1
@@ -82,7 +82,7 @@ class PackedBatch:
         return int((self.row_ids != PADDING).sum()) if len(self.rows) else 0
 
 
-References = Mapping[str, Sequence[np.ndarray]]
+References = Mapping[str, Ragged]
 """By leg and row number: the reference's log-probs of that response."""
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from filelock import FileLock
+
 from data.chat import template_fingerprint
 from data.errors import DataError
 from data.sources import LoadedRows, Source, load_rows, mix
-from filelock import FileLock
-
 from data.store import FORMAT, TokenTable, cache_dir, digest, write_folder
 from data.tokens import Dropped, TokenPolicy, TokenStats, tokenize_rows
 from objectives.rows import Row

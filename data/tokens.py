@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from data.chat import Rendered, render
 from data.errors import DataError
-
 from objectives.rows import Row
 
 if TYPE_CHECKING:

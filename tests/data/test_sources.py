@@ -175,16 +175,20 @@ def test_as_chat_reaches_the_rows(tmp_path):
     assert load(write(tmp_path / "a.jsonl"), as_chat=True).rows[0].prompt == ({"role": "user", "content": "0+1 is"},)
 
 
-def test_hundred_thousand_rows_take_seconds(tmp_path):
-    path = write(tmp_path / "a.jsonl", RAW * 20_000)
+def test_twenty_thousand_equal_rows_take_seconds(tmp_path):
+    path = write(tmp_path / "a.jsonl", RAW * 4_000)
     start = time.monotonic()
-    assert len(load(path).rows) == 100_000
-    assert time.monotonic() - start < 60  # linear: about 2 s with run-time type checks on
+    assert len(load(path).rows) == 20_000
+    assert (
+        time.monotonic() - start < 60
+    )  # about 2 s with run-time type checks on; comparing rows with rows would take far longer
 
 
 def test_bars_and_log_level_are_put_back(tmp_path, capfd):
     level, bars = datasets.utils.logging.get_verbosity(), datasets.are_progress_bars_disabled()
-    load(write(tmp_path / "a.parquet"))
+    path = write(tmp_path / "a.parquet")
+    capfd.readouterr()
+    load(path)
     assert (datasets.utils.logging.get_verbosity(), datasets.are_progress_bars_disabled()) == (level, bars)
     refused(write_text(tmp_path / "bad.csv", "prompt,chosen,rejected\na,b,c\na,b,c,d,e\n"))
     assert capfd.readouterr() == ("", "")

@@ -75,7 +75,9 @@ def test_values_and_gradients_equal_the_models_own_forward(name, layout, monkeyp
         torch.testing.assert_close(values[key], value, **FLOAT64_REORDERED)
     assert found_gradients.keys() == wanted_gradients.keys()
     for key, gradient in wanted_gradients.items():
-        torch.testing.assert_close(found_gradients[key], gradient, **FLOAT64_REORDERED, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            found_gradients[key], gradient, **FLOAT64_REORDERED, msg=lambda m, k=key: f"{k}: {m}"
+        )
 
 
 @pytest.mark.parametrize("name", ["mistral-window", "gemma2-window-softcaps"])

@@ -1,0 +1,78 @@
+"""One cell of a raw row: text, messages or a number, or the reason why it is none of these."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from objectives.rows import Message, Text
+
+TEMPLATE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
+"""What chat templates read of a message. Other keys (ids, time stamps) would only make equal turns differ."""
+
+
+class RowError(ValueError):
+    """Why one row can't be used."""
+
+
+def turn(role: str, content: str) -> Message:
+    """One message."""
+    return {"role": role, "content": content}
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a string, or a list of what looks like messages."""
+    return isinstance(value, str) or (
+        isinstance(value, list) and bool(value) and all(isinstance(m, Mapping) and "role" in m for m in value)
+    )
+
+
+def text_in(value: Any, column: str) -> Text:
+    """A string as it is, or messages reduced to what chat templates read."""
+    if isinstance(value, str):
+        return value
+    if value is None:
+        raise RowError(f"no {column}")
+    if isinstance(value, Mapping) and "role" in value:
+        value = [value]
+    if not isinstance(value, Sequence):
+        raise RowError(f"{column} is neither text nor messages")
+    if not value:
+        raise RowError(f"{column} is an empty list")
+    return tuple(_message(message, column) for message in value)
+
+
+def _message(message: Any, column: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise RowError(f"{column} is a list of something other than messages")
+    # Arrow fills keys that other messages have with None; templates ask whether a key is there.
+    kept = {key: _without_none(message[key]) for key in TEMPLATE_KEYS if message.get(key) is not None}
+    if not isinstance(kept.get("role"), str):
+        raise RowError(f"a message of {column} has no role")
+    if "content" not in kept and not kept.get("tool_calls"):
+        raise RowError(f"a message of {column} has no content")
+    if not isinstance(kept.get("content", ""), str):
+        raise RowError(f"a message of {column} has content that is not text")
+    return kept
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_none(item) for item in value]
+    return value
+
+
+def number_in(value: Any, what: str) -> float:
+    """A finite number, also where it is written as text."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise RowError(f"{what} is not a number")
+    try:
+        number = float(value)  # of a string too: every column of a CSV file is text
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise RowError(f"{what} is not a finite number")
+    return number
