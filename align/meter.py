@@ -71,7 +71,9 @@ class Meter:
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, float]], *, first_rank: bool = True) -> None:
-        """Restores what ``state_dict`` gave; the first rank holds the sums, the others zeros under the same names."""
+        """Restores what ``state_dict`` gave: the first rank holds the sums, the others zeros of the same names."""
         share = 1.0 if first_rank else 0.0
-        self.totals = {name: torch.tensor(value * share).double() for name, value in state["totals"].items()}
+        self.totals = {
+            name: torch.tensor(value * share, dtype=torch.float64) for name, value in state["totals"].items()
+        }
         self.counts = {name: value * share for name, value in state["counts"].items()}

@@ -143,9 +143,13 @@ def read_recipe(config: str | Path | None, overrides: Sequence[str] = ()) -> Rec
     written = dict.fromkeys(_paths(tree), where)
     commanded: set[str] = set()
     for key, value in _pairs(overrides):
-        path = _place(key, merged)
         try:
-            OmegaConf.update(merged, path, OmegaConf.from_dotlist([f"v={value}"])["v"], force_add=True)
+            parsed = OmegaConf.from_dotlist([f"v={value}"])["v"]
+            whole = key in (*SECTIONS, "objective") and OmegaConf.is_config(
+                parsed
+            )
+            path = key if whole else _place(key, merged)
+            OmegaConf.update(merged, path, parsed, merge=False, force_add=True)
         except (OmegaConfBaseException, yaml.YAMLError, TypeError, IndexError) as error:
             raise RecipeError(f"--{key} can't be set to {value!r}: {_one_line(error)}") from None
         commanded.add(path)
@@ -242,25 +246,21 @@ def _place(key: str, merged: Any) -> str:
     if rest:
         if head != "objective" and head not in SECTIONS:
             raise RecipeError(f"unknown key --{key}{_elsewhere(rest[-1])}")
+        listed = OmegaConf.is_list(merged.get("objective"))
         if head == "objective" and rest[0].isdigit():
-            count = (
-                len(merged.objective)
-                if isinstance(merged.get("objective"), list) or OmegaConf.is_list(merged.get("objective"))
-                else 0
-            )
+            count = len(merged.objective) if listed else 0
             if int(rest[0]) >= count:
                 raise RecipeError(f"--{key}: the recipe has {count} listed objectives, numbered from 0")
-        elif head == "objective" and OmegaConf.is_list(merged.get("objective")):
+        elif head == "objective" and listed:
             raise RecipeError(f"--{key}: the recipe lists several objectives; write --objective.0.{'.'.join(rest)}")
         return key
     if key == "objective":
         return "objective.name"
     homes = [section for section, cls in SECTIONS.items() if key in _fields(cls)]
-    homes = homes if key not in _fields(DatasetSection) or "data" not in homes else ["data"]
     objective = merged.get("objective")
     if OmegaConf.is_dict(objective):
         name = objective.get("name")
-        if name in OBJECTIVES and (key in _fields(OBJECTIVES[name]) or key == "weight"):
+        if isinstance(name, str) and name in OBJECTIVES and (key in _fields(OBJECTIVES[name]) or key == "weight"):
             homes.append("objective")
     if len(homes) > 1:
         raise RecipeError(f"--{key} is ambiguous: write one of {', '.join(f'--{home}.{key}' for home in homes)}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,11 +63,11 @@ class StoredLogps:
 
     def _read(self, part: Path) -> None:
         try:
-            with np.load(part) as stored:
+            with part.open("rb") as file, np.load(file) as stored:
                 rows, values = stored["rows"], stored["values"]
             if len(values) != np.diff(self.offsets)[rows].sum() or not np.isfinite(values).all():
                 raise ValueError("does not fit the rows")
-        except (OSError, ValueError, KeyError, IndexError, EOFError):
+        except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile):
             part.unlink(missing_ok=True)  # a damaged part is computed again
             return
         self.put(rows, values)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -79,18 +81,45 @@ class Speed(TrainerCallback):
 
 
 class Progress(ProgressCallback):
-    """transformers' bar, with the few numbers one looks for beside the time left."""
+    """transformers' bar with the few numbers one looks for; where nobody watches, a line for every log instead."""
+
+    def __init__(self, watched: bool | None = None) -> None:
+        super().__init__()
+        self.watched = sys.stderr.isatty() if watched is None else watched
+        self._started = (0.0, 0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts the bar and the clock."""
+        self._started = (time.perf_counter(), state.global_step)
+        if self.watched:
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Moves the bar."""
+        if self.watched:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Closes the bar."""
+        if self.watched:
+            super().on_train_end(args, state, control, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Shows loss, margin and speed behind the bar."""
-        if not state.is_world_process_zero or self.training_bar is None or not logs or "loss" not in logs:
+        """Shows loss, margin and speed."""
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
         shown = {"loss": f"{logs['loss']:.4f}"}
         if "rewards/margins" in logs:
             shown["margin"] = f"{logs['rewards/margins']:.3f}"
         shown["rows/s"] = f"{logs['time/rows_per_second']:.2f}"
-        shown["useful tok/s"] = f"{logs['time/tokens_per_second']:.0f}"
-        self.training_bar.set_postfix(shown)
+        shown["useful tokens/s"] = f"{logs['time/tokens_per_second']:.0f}"
+        if self.watched:
+            self.training_bar.set_postfix(shown)  # type: ignore[union-attr]
+            return
+        elapsed, done = time.perf_counter() - self._started[0], state.global_step - self._started[1]
+        left = datetime.timedelta(seconds=round(elapsed / max(done, 1) * (state.max_steps - state.global_step)))
+        numbers = "  ".join(f"{key} {value}" for key, value in shown.items())
+        print(f"step {state.global_step}/{state.max_steps}  {numbers}  left {left}", flush=True)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluation has no bar of its own."""

@@ -119,9 +119,10 @@ class Plan:
         return bins + [rows[:0]] * (most - len(bins))
 
     def costliest(self) -> np.ndarray:
-        """The bin of the first epoch that takes the most positions: run it first, and memory fails then or never."""
-        bins = [rows for step in self.epoch(0) for microbatch in step for rows in microbatch if len(rows)]
-        return max(bins, key=lambda rows: self.positions(rows))
+        """The bin that takes the most positions in any epoch: run it first, and memory fails then or never."""
+        epochs = (self.epoch(number) for number in range(self.epochs))
+        bins = (rows for plan in epochs for step in plan for microbatch in step for rows in microbatch if len(rows))
+        return max(bins, key=self.positions)
 
     def positions(self, rows: Sequence[int] | np.ndarray) -> int:
         """Positions a bin takes, padding included."""

@@ -127,7 +127,12 @@ def prepare(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Prepared:
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Content hash of everything about a tokenizer that can change token ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    model = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    if backend is not None:
+        model = json.loads(backend.to_str())
+        # How the last call padded and cut; no call of ours does either.
+        del model["padding"], model["truncation"]
+    else:
+        model = sorted(tokenizer.get_vocab().items())
     return digest(model, {k: str(v) for k, v in tokenizer.special_tokens_map.items()}, template_fingerprint(tokenizer))
 
 
@@ -183,6 +188,7 @@ def _prepare_into(
         "truncated": dict(stats.truncated),
         "tokens_lost": dict(stats.tokens_lost),
         "boundary_mismatches": stats.boundary_mismatches,
+        "bos_removed": stats.bos_removed,
         "terminator_added": dict(stats.terminator_added),
         "terminator_lost": dict(stats.terminator_lost),
         "tail_removed": dict(stats.tail_removed),
@@ -220,6 +226,8 @@ def _refuse_losses(report: Mapping[str, Any], spec: DataSpec) -> None:
     why = ", ".join(f"{count} × {reason}" for reason, count in list(reasons.items())[:4])
     if rows["train"] == 0:
         raise DataError(f"{names}: no row can be trained on ({why or 'the dataset is empty'})")
+    if spec.eval is not None and rows["eval"] == 0:
+        raise DataError(f"{spec.eval.dataset_name}: no row can be evaluated on ({why or 'the dataset is empty'})")
     share = 1 - rows["kept"] / rows["read"]
     if share > spec.max_dropped_share:
         raise DataError(

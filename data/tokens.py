@@ -55,7 +55,7 @@ class Dropped:
 
 @dataclass(slots=True)
 class TokenStats:
-    """What happened to the rows, in counts; goes into the data report."""
+    """What happened to the rows that are kept, in counts; goes into the data report."""
 
     truncated: Counter[str] = field(default_factory=Counter)
     """Rows cut, by side: ``prompt`` or a leg's name."""
@@ -63,6 +63,8 @@ class TokenStats:
     """Tokens cut off, by side."""
     boundary_mismatches: int = 0
     """Rows whose tokenised prompt is not a prefix of prompt + response: the boundary moved left."""
+    bos_removed: int = 0
+    """Rows of plain text that begin with the token which the tokenizer puts before every text: it stands there once."""
     terminator_added: Counter[str] = field(default_factory=Counter)
     """Responses that got the end token appended, by leg (all of them, for plain text)."""
     terminator_lost: Counter[str] = field(default_factory=Counter)
@@ -138,7 +140,8 @@ def _encode(
     # Chat templates write their own special tokens; plain text gets the ones the tokenizer adds (BOS).
     for chat in (False, True):
         chosen = [text for i, text in enumerate(texts) if rendered[i // width].chat is chat]
-        encoded = tokenizer(chosen, add_special_tokens=not chat)["input_ids"] if chosen else []
+        # Not verbose: what is longer than the context is cut or dropped later, so a warning of it would mislead.
+        encoded = tokenizer(chosen, add_special_tokens=not chat, verbose=False)["input_ids"] if chosen else []
         ids.append(encoded)  # type: ignore[arg-type]
     streams = {False: iter(ids[0]), True: iter(ids[1])}
     result = []
@@ -157,20 +160,23 @@ def _finish(
     stats: TokenStats,
 ) -> TokenRow | Dropped:
     prompt, full = ids
-    eos = tokenizer.eos_token_id
-    if not chat and prompt and prompt[-1] == eos and len(prompt) > 1:
-        prompt = prompt[:-1]  # a tokenizer that closes every text with its end token would end the prompt with it
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    # Text that was rendered elsewhere may begin with the token that the tokenizer puts there once more.
+    twice = not chat and bos is not None and prompt[:2] == [bos, bos]
+    if twice:
+        prompt, full = prompt[1:], {name: tokens[1:] for name, tokens in full.items()}
 
     def drop(reason: str) -> Dropped:
         return Dropped(source=row.source, index=row.index, reason=reason)
 
     # All legs share one prompt: the boundary is the longest prefix common to the prompt and to every leg.
     boundary = min(_common_prefix(prompt, tokens) for tokens in full.values())
-    if boundary < len(prompt):
-        stats.boundary_mismatches += 1
     if boundary == 0:
         return drop("no prompt token is shared by all responses")
-    legs = {name: _terminate(tokens[boundary:], name, chat, tokenizer, stats) for name, tokens in full.items()}
+    # A tokenizer that closes every text with its end token closes the prompt alone with it too: that is no mismatch.
+    closed = not chat and prompt[-1] == eos
+    responses = {name: tokens[boundary:] for name, tokens in full.items()}
+    legs = {name: _terminate(tokens, chat, tokenizer) for name, tokens in responses.items()}
     for name, tokens in legs.items():
         if not tokens or tokens == [eos]:
             return drop(f"empty {name} response")
@@ -178,14 +184,16 @@ def _finish(
             return drop(f"the {name} response contains the end token before its end")
     if len(legs) > 1 and legs.get("chosen") == legs.get("rejected") is not None:
         return drop("chosen and rejected are the same tokens")
-    before = {name: len(tokens) for name, tokens in legs.items()}
     cut = _truncate(prompt[:boundary], legs, policy, row)
     if isinstance(cut, str):
         return drop(cut)
     short_prompt, short_legs = cut
     if len(legs) > 1 and short_legs.get("chosen") == short_legs.get("rejected") is not None:
         return drop("chosen and rejected are the same tokens after truncation")
-    _count_cuts(boundary - len(short_prompt), before, short_legs, stats)
+    stats.boundary_mismatches += boundary < len(prompt) - closed
+    stats.bos_removed += twice
+    _count_ends(responses, legs, stats)
+    _count_cuts(boundary - len(short_prompt), legs, short_legs, stats)
     return TokenRow(
         prompt=tuple(short_prompt),
         legs={name: tuple(tokens) for name, tokens in short_legs.items()},
@@ -201,9 +209,7 @@ def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     return min(len(first), len(second))
 
 
-def _terminate(
-    tokens: list[int], name: str, chat: bool, tokenizer: PreTrainedTokenizerBase, stats: TokenStats
-) -> list[int]:
+def _terminate(tokens: list[int], chat: bool, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Exactly one end token, as the last token."""
     eos = tokenizer.eos_token_id
     assert isinstance(eos, int)
@@ -215,13 +221,8 @@ def _terminate(
             end = last + 1
     while end >= 2 and tokens[end - 1] == eos and tokens[end - 2] == eos:
         end -= 1
-    if end < len(tokens):
-        stats.tail_removed[name] += 1
     ended = tokens[:end]
-    if not ended or ended[-1] != eos:
-        stats.terminator_added[name] += 1
-        ended = [*ended, eos]
-    return ended
+    return ended if ended and ended[-1] == eos else [*ended, eos]
 
 
 def _truncate(
@@ -244,17 +245,27 @@ def _truncate(
         keep = max(limit - longest - 1, 0)
         prompt = first + (prompt[len(prompt) - keep :] if keep else [])
     room = limit - len(prompt)
-    if room < MIN_RESPONSE_ROOM:
+    if room < min(MIN_RESPONSE_ROOM, longest):  # responses that are shorter anyway and stay whole need no more
         return f"the prompt leaves fewer than {MIN_RESPONSE_ROOM} response tokens"
     return prompt, {name: tokens[:room] for name, tokens in legs.items()}
 
 
-def _count_cuts(prompt_cut: int, before: Mapping[str, int], legs: Mapping[str, list[int]], stats: TokenStats) -> None:
+def _count_ends(before: Mapping[str, list[int]], ended: Mapping[str, list[int]], stats: TokenStats) -> None:
+    for name, tokens in ended.items():
+        if len(tokens) > len(before[name]):
+            stats.terminator_added[name] += 1
+        elif len(tokens) < len(before[name]):
+            stats.tail_removed[name] += 1
+
+
+def _count_cuts(
+    prompt_cut: int, before: Mapping[str, list[int]], legs: Mapping[str, list[int]], stats: TokenStats
+) -> None:
     if prompt_cut:
         stats.truncated["prompt"] += 1
         stats.tokens_lost["prompt"] += prompt_cut
     for name, tokens in legs.items():
-        if len(tokens) < before[name]:
+        if len(tokens) < len(before[name]):
             stats.truncated[name] += 1
-            stats.tokens_lost[name] += before[name] - len(tokens)
+            stats.tokens_lost[name] += len(before[name]) - len(tokens)
             stats.terminator_lost[name] += 1

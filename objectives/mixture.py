@@ -18,8 +18,8 @@ class Mixture:
 
         loss = Σ_k weight_k · loss_k
 
-    Weights are used as they are, not normalised. Each part sees only what it declared. Names of terms and metrics get
-    the part's name in front where two parts would share one.
+    Weights are used as they are, not normalised. Each part sees only what it declared. Where two parts
+    name a term or metric alike, the first keeps the name and the other gets its own in front.
     """
 
     parts: Mapping[str, Objective]
@@ -61,9 +61,9 @@ class Mixture:
         for name, output in outputs.items():
             for key, term in output.terms.items():
                 weighted = replace(term, coef=term.coef * self.weights[name])
-                terms[self._unique(name, key, [o.terms for o in outputs.values()])] = weighted
+                terms[f"{name}/{key}" if key in terms else key] = weighted
             for key, metric in output.metrics.items():
-                metrics[self._unique(name, key, [o.metrics for o in outputs.values()])] = metric
+                metrics[f"{name}/{key}" if key in metrics else key] = metric
         return Output(terms=terms, metrics=metrics)
 
     def init_state(self) -> dict[str, Tensor]:
@@ -93,10 +93,6 @@ class Mixture:
                 seen = {key.removeprefix(f"{name}/"): observed[key] for key in observed if key.startswith(f"{name}/")}
                 updated |= {f"{name}/{key}": value for key, value in part.update(mine, seen).items()}
         return updated
-
-    @staticmethod
-    def _unique(part: str, key: str, all_keys: list[Mapping[str, object]]) -> str:
-        return key if sum(key in keys for keys in all_keys) == 1 else f"{part}/{key}"
 
 
 def mixture(objectives: list[tuple[str, Objective, float]]) -> Mixture:

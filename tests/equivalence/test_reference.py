@@ -1,0 +1,223 @@
+"""One reference, three sources: the same numbers, and a cache that is found exactly when it may be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from align import model as models
+from align.reference import ReferenceKey, StoredLogps, find_cached
+from align.train import main
+from data.store import Ragged
+from tests.equivalence.runs import built, recipe_for
+from tests.equivalence.test_resume import command, lines
+from tests.equivalence.worlds import save_model, save_pairs
+
+# The reference is computed in bins of other shapes than the policy's: float32 sums in another order.
+FLOAT32_TRAJECTORY = {"rtol": 1e-4, "atol": 2e-5}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+    save_model(tmp_path / "model")
+    save_pairs(tmp_path / "pairs.jsonl")
+    return tmp_path
+
+
+def same_numbers(first: Path, second: Path) -> None:
+    for a, b in zip(lines(first), lines(second), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            # Shares of responses that moved by nothing at all are decided by rounding at step 0.
+            if not (a["step"] == 0 and key.startswith(("eval/displacement", "eval/rewards"))):
+                np.testing.assert_allclose(a[key], b[key], err_msg=f"{a['step']} {key}", **FLOAT32_TRAJECTORY)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (["--reference.source=cached"], ["--reference.source=live"]),
+        (["--lora.r=4", "--reference.source=cached"], ["--lora.r=4", "--reference.source=adapter_off"]),
+        (["--lora.r=4", "--reference.source=cached"], ["--lora.r=4", "--reference.source=live"]),
+        (["--lora.r=4", "--reference.model=base"], ["--lora.r=4", "--reference.model=initial"]),
+    ],
+    ids=["full-live", "lora-adapter-off", "lora-live", "base-is-initial"],
+)
+def test_sources_agree(folder: Path, one: list[str], other: list[str]):
+    assert main(command(folder, "one", *one)) == 0
+    assert main(command(folder, "other", *other)) == 0
+    same_numbers(folder / "one", folder / "other")
+    assert lines(folder / "one")[-1]["eval/loss"] < 0.69
+
+
+def test_another_model_as_reference(folder: Path):
+    """A named reference gives the same cached and live, and no log 2 at step 0."""
+    save_model(folder / "other", seed=5)
+    for name, source in (("cached", "cached"), ("live", "live")):
+        keys = [f"--reference.model={folder / 'other'}", f"--reference.source={source}"]
+        assert main(command(folder, name, *keys)) == 0
+    same_numbers(folder / "cached", folder / "live")
+    assert abs(lines(folder / "cached")[0]["eval/loss"] - 0.693147) > 1e-3
+
+
+def test_an_adapter_to_go_on_from_is_its_own_reference(folder: Path):
+    """initial means the policy as it starts, adapter included; base means the model under it."""
+    assert main(command(folder, "first", "--lora.r=4")) == 0
+    adapter = f"--adapter_name_or_path={folder / 'first'}"
+    assert main(command(folder, "second", adapter)) == 0
+    assert lines(folder / "second")[0]["eval/loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert main(command(folder, "third", adapter, "--reference.model=base")) == 0
+    first = lines(folder / "first")[-1]
+    assert lines(folder / "third")[0]["eval/loss"] == pytest.approx(first["eval/loss"], abs=1e-5)
+
+
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts the bins that reference passes compute."""
+    from align import reference
+
+    computed: list[int] = []
+    original = reference._score_bin
+
+    def counting(batches, scorer, rows):
+        computed.append(len(rows))
+        return original(batches, scorer, rows)
+
+    monkeypatch.setattr(reference, "_score_bin", counting)
+    return computed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "--learning_rate=0.5",
+        "--objective.beta=0.9",
+        "--rows_per_step=4",
+        "--weight_decay=0.1",
+        "--token_budget=900",
+    ],
+)
+def test_a_sweep_reads_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, change: str):
+    """What a log-prob does not depend on is not in its key: a few rows are verified, none is computed anew."""
+    assert main(command(folder, "one")) == 0
+    computed = forwards(monkeypatch)
+    key = change.removeprefix("--").split("=")[0].split(".")[-1]
+    assert main(command(folder, "two", change, **{key: None})) == 0
+    assert sum(computed) <= 8  # four of either split
+
+
+def key_of(folder: Path, *keys: str) -> tuple[str, ...]:
+    """Folders of the reference cache that a run with these keys would use."""
+    recipe = recipe_for(folder, folder / "model", folder / "pairs.jsonl", *keys)
+    run = built(recipe)
+    assert run.startup.key is not None
+    table = run.trainer.batches.table
+    return tuple(str(run.startup.key.folder(table, leg)) for leg in table.legs)
+
+
+def test_every_ingredient_of_the_key_changes_it(folder: Path):
+    before = key_of(folder)
+    assert key_of(folder) == before
+    assert key_of(folder, "--seed", "7", "--learning_rate", "0.1") == before
+    assert key_of(folder, "--dtype", "bfloat16") != before  # precision
+    assert key_of(folder, "--max_length", "45") != before  # truncation
+    assert key_of(folder, "--attn_implementation", "eager") != before  # kernel
+    assert key_of(folder, "--as_chat", "true") != before  # template
+    rows = (folder / "pairs.jsonl").read_text()
+    (folder / "pairs.jsonl").write_text(rows.replace("cat", "dog"))
+    assert key_of(folder) != before  # rows
+    (folder / "pairs.jsonl").write_text(rows)
+    save_model(folder / "model", seed=1)
+    assert key_of(folder) != before  # weights, overwritten in place
+
+
+def test_an_adapter_that_does_nothing_yet_has_its_base_s_key(folder: Path):
+    full = key_of(folder)
+    assert key_of(folder, "--lora.r", "4") == full
+    assert key_of(folder, "--lora.r", "4", "--seed", "9") == full
+    assert main(command(folder, "trained", "--lora.r=4")) == 0
+    assert key_of(folder, "--adapter_name_or_path", str(folder / "trained")) != full
+
+
+def test_an_interrupted_pass_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    from align import startup
+
+    original = startup.fill_cache
+
+    def dies(*arguments):
+        seen = []
+
+        def stop(done: int, total: int) -> None:
+            seen.append(done)
+            if done < total:
+                raise KeyboardInterrupt
+
+        original(*arguments[:4], stop, 1)
+
+    monkeypatch.setattr(startup, "fill_cache", dies)
+    with pytest.raises(KeyboardInterrupt):
+        main(command(folder, "run"))
+    monkeypatch.setattr(startup, "fill_cache", original)
+    computed = forwards(monkeypatch)
+    assert main(command(folder, "run", "--overwrite_output_dir")) == 0
+    assert 0 < sum(computed) < 48
+    monkeypatch.setenv("ALIGN_CACHE", str(folder / "fresh"))
+    assert main(command(folder, "fresh-run")) == 0
+    same_numbers(folder / "run", folder / "fresh-run")
+
+
+def test_damaged_parts_are_computed_again(tmp_path: Path):
+    responses = Ragged.of([[1, 2, 3], [4], [5, 6]])
+    stored = StoredLogps(tmp_path, responses)
+    stored.write(np.array([0, 2]), np.array([-1, -2, -3, -4, -5], dtype=np.float32))
+    again = StoredLogps(tmp_path, responses)
+    assert again.done.tolist() == [True, False, True]
+    assert again.ragged()[2].tolist() == [-4, -5]
+    part = next(tmp_path.glob("part-*.npz"))
+    part.write_bytes(part.read_bytes()[:40])
+    assert not StoredLogps(tmp_path, responses).done.any()
+    assert not part.exists()
+
+
+def test_a_cache_that_disagrees_with_its_reference_stops_the_run(folder: Path, capsys: pytest.CaptureFixture):
+    assert main(command(folder, "one")) == 0
+    for part in (folder / "cache" / "reference").rglob("part-*.npz"):
+        with np.load(part) as stored:
+            rows, values = stored["rows"], stored["values"]
+        np.savez(part, rows=rows, values=values - 1)
+    assert main(command(folder, "two")) == 2
+    assert "differ from the reference by 1 nats" in capsys.readouterr().err
+
+
+def test_no_second_model_is_loaded_for_the_initial_policy(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    loaded = []
+    original = models.load_weights
+    monkeypatch.setattr(models, "load_weights", lambda *a, **k: loaded.append(1) or original(*a, **k))
+    assert main(command(folder, "one")) == 0
+    assert len(loaded) == 1
+
+
+def test_cached_values_equal_the_plain_model(folder: Path):
+    """Brute force: the reference's own forward, sequence by sequence."""
+    assert main(command(folder, "run", eval_share=0)) == 0
+    recipe = recipe_for(folder, folder / "model", folder / "pairs.jsonl")
+    run = built(recipe)
+    table = run.trainer.batches.table
+    assert isinstance(run.startup.key, ReferenceKey)
+    stored = find_cached(run.startup.key, table)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    for leg, logps in stored.items():
+        assert logps.done.all()
+        for row in (0, 7, 47):
+            ids = torch.from_numpy(np.concatenate([table.prompts[row], table.legs[leg][row]])).long()[None]
+            start = len(table.prompts[row])
+            with torch.no_grad():
+                scored = torch.log_softmax(model(input_ids=ids).logits[0, start - 1 : -1], -1)
+            wanted = scored.gather(-1, ids[0, start:, None])[:, 0].numpy()
+            np.testing.assert_allclose(logps.ragged()[row], wanted, rtol=1e-4, atol=1e-5)
+    assert json.loads((folder / "run" / "checks.json").read_text())[0]["passed"]
