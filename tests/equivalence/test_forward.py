@@ -130,7 +130,8 @@ def test_adapters_take_the_effective_head(settings):
         assert abs(float((off - total).detach())) > 1e-3
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it traces its own code
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it traces its own code
 @pytest.mark.parametrize("kind", ["bucket", "pack"])
 def test_flex_attention_masks_say_the_same_as_dense_ones(kind):
     """FlexAttention has no backward on CPU; its forward runs here uncompiled, with the block mask that GPUs use."""
