@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from align.errors import RecipeError
 from align.model import compute_dtype
@@ -20,6 +24,7 @@ from data.preparation import DataSpec
 from data.sources import Source
 from data.store import TokenTable
 from data.tokens import TokenPolicy
+from objectives.registry import did_you_mean
 
 Say = Callable[[str], None]
 
@@ -91,16 +96,48 @@ def train_plan(recipe: Recipe, table: TokenTable, *, share: bool, pack: bool) ->
     )
 
 
+def check_names(recipe: Recipe) -> None:
+    """Refuses an optimizer, schedule or tracker that is not there, before data and model are read.
+
+    Raises:
+        RecipeError: a name is unknown, or the package behind it is not installed.
+    """
+    train = recipe.train
+    _known("optim", "optimizer", train.optim, [name.value for name in OptimizerNames])
+    _known("lr_scheduler_type", "schedule", train.lr_scheduler_type, [name.value for name in SchedulerType])
+    try:
+        get_scheduler(train.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), 0, 1)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(
+            f"train.lr_scheduler_type {train.lr_scheduler_type} takes settings that recipes don't have "
+            f"({_one_line(error)}); use linear or cosine"
+        ) from None
+    for tracker in train.report_to:
+        _known("report_to", "tracker", tracker, list(INTEGRATION_TO_CALLBACK))
+        if tracker not in get_available_reporting_integrations():
+            raise RecipeError(f"train.report_to: {tracker} is not installed here; install it, or leave it out")
+
+
+def _known(key: str, what: str, name: str, names: list[str]) -> None:
+    if name not in names:
+        near, known = did_you_mean(name, names), ", ".join(names)
+        raise RecipeError(f"train.{key}: unknown {what} {name!r}{near} (known: {known})")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
+
+
 def training_arguments(recipe: Recipe, microbatches: int, *, evaluate: bool) -> TrainingArguments:
     """transformers' arguments; what the recipe does not say is fixed here, with the reason.
 
     Raises:
-        RecipeError: transformers refuses a value (an optimizer or schedule it does not know).
+        RecipeError: transformers refuses a value (an optimizer whose package is not installed).
     """
     train = recipe.train
     on_cpu = not torch.cuda.is_available()
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=train.output_dir,
             per_device_train_batch_size=1,  # one planned microbatch
             gradient_accumulation_steps=microbatches,
@@ -136,8 +173,10 @@ def training_arguments(recipe: Recipe, microbatches: int, *, evaluate: bool) -> 
             # The default logs the running mean in place of a NaN loss, which hides a diverged run.
             logging_nan_inf_filter=False,
         )
+        Trainer.get_optimizer_cls_and_kwargs(arguments)  # imports its package
     except (ValueError, ImportError) as error:
-        raise RecipeError(f"train: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"train: {_one_line(error)}; change train.optim or what it needs") from None
+    return arguments
 
 
 def bytes_needed(recipe: Recipe) -> int:

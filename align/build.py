@@ -79,7 +79,7 @@ def build(
     held_out = None if prepared.eval is None else _eval_batches(prepared, plan, rank=rank, share=share)
 
     fingerprint = models.weights_fingerprint(model)
-    startup = _startup(recipe, model, tokenizer, dtype, share, say)
+    startup = _startup(recipe, model, tokenizer, prepared, dtype, share, say)
     startup.checks.append(path_check)
     metrics = MetricsFile(Path(recipe.train.output_dir) / "metrics.jsonl")
     alarm, speed = DisplacementAlarm(say), Speed()
@@ -136,7 +136,9 @@ def _eval_batches(prepared: Prepared, plan: Plan, *, rank: int, share: bool) -> 
     return PlannedBatches(table, plan_for_scoring(held_plan), rank=rank, share=share)
 
 
-def _startup(recipe: Recipe, model: nn.Module, tokenizer: Any, dtype: torch.dtype, share: bool, say: Say) -> Startup:
+def _startup(
+    recipe: Recipe, model: nn.Module, tokenizer: Any, prepared: Prepared, dtype: torch.dtype, share: bool, say: Say
+) -> Startup:
     as_base = models.starts_as_base(model, recipe.lora)
     needs, reference = recipe.mixture.needs.reference, recipe.reference
     own = reference.model == "initial" or (reference.model == "base" and as_base)
@@ -163,6 +165,7 @@ def _startup(recipe: Recipe, model: nn.Module, tokenizer: Any, dtype: torch.dtyp
         frozen=load if separate or reference.source == "live" else None,
         starts_as_reference=not needs or own,
         dtype=dtype,
+        row_names=[split.name for split in (prepared.train, prepared.eval) if split is not None],
         say=say,
     )
 

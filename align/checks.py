@@ -156,6 +156,8 @@ def check_step0(trainer: ObjectiveTrainer, batch: PackedBatch, dtype: torch.dtyp
     with trainer.scoring():
         output, legs, _ = trainer.compute_output(trainer.model_wrapped, batch)
         loss = float(output.loss(batch.counts))
+    if not math.isfinite(loss):
+        raise RunError(trainer.name_bad_rows(batch, loss))
     if trainer.mixture.needs.reference:
         ratios = [_token_difference(legs[name].logps, legs[name].ref_logps, legs[name].mask) for name in legs]
         worst = max(worst for worst, _ in ratios)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import pickle
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from align.errors import RunError
@@ -17,29 +21,74 @@ from align.sections import LoraSection, ModelSection
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from align.recipe import Recipe
+    from data.store import TokenTable
+
 DEFAULT_MAX_LENGTH = 2048
 
 
-def load_config(section: ModelSection, name: str | None = None) -> PretrainedConfig:
+def load_config(section: ModelSection, reference: str | None = None) -> PretrainedConfig:
     """The model's configuration; cheap, so that much can be checked before the weights are read.
 
+    Args:
+        section: where from.
+        reference: the model that ``reference.model`` names, instead of the section's.
     Raises:
-        RunError: there is no such model, or it is no causal language model.
+        RunError: there is no such model, it is no causal language model, or its weights are cut off.
     """
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto as known
 
-    name = name or section.model_name_or_path
-    _require_folder(name, "model.model_name_or_path")
+    name = reference or section.model_name_or_path
+    key = "reference.model" if reference else "model.model_name_or_path"
+    _require_folder(name, key)
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise RunError(f"{key}: the folder {name!r} holds no model (no config.json); name one that does")
     try:
         config = AutoConfig.from_pretrained(
-            name, revision=section.model_revision, trust_remote_code=section.trust_remote_code
+            name, revision=_revision(section, name), trust_remote_code=section.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        raise RunError(f"can't load the configuration of {name!r}: {_first_line(error)}") from None
-    if not section.trust_remote_code and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise RunError(f"{name!r} is a {config.model_type} model, not a causal language model")
+        raise RunError(
+            f"{key}: can't load the configuration of {name!r} ({_first_line(error)}); check the name, or give a folder"
+        ) from None
+    if section.trust_remote_code:
+        return config
+    kind = config.model_type
+    two_way = kind in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    causal = kind in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    # transformers builds "causal" BERTs and BARTs too: they would train, and see the tokens they are to predict.
+    if not causal or two_way or getattr(config, "is_encoder_decoder", False):
+        raise RunError(f"{key}: {name!r} is a {kind} model, not a causal language model; name one that is")
+    _require_whole_files(name, key)
     return config
+
+
+def _revision(section: ModelSection, name: str) -> str:
+    """The revision is the policy's; another model comes from its main branch."""
+    return section.model_revision if name == section.model_name_or_path else "main"
+
+
+def _require_whole_files(name: str, key: str) -> None:
+    """Refuses a folder whose weight files are missing or cut off, as a broken download leaves them."""
+    folder = Path(name)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = {str(shard) for shard in json.loads(index.read_text())["weight_map"].values()}
+        except (ValueError, KeyError, AttributeError):
+            raise RunError(f"{key}: {index} is damaged; copy or download the model again") from None
+        absent = sorted(shard for shard in shards if not (folder / shard).is_file())
+        if absent:
+            raise RunError(f"{key}: {folder / absent[0]} is missing; copy or download the model again")
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise RunError(
+                f"{key}: {path} is damaged ({_first_line(error)}); copy or download the model again"
+            ) from None
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
@@ -62,7 +111,10 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         ) from None
     if section.eos_token is not None:
         if section.eos_token not in tokenizer.get_vocab():
-            raise RunError(f"model.eos_token {section.eos_token!r} is not a token of {name!r}")
+            own = f", such as {tokenizer.eos_token!r}" if tokenizer.eos_token else ""
+            raise RunError(
+                f"model.eos_token {section.eos_token!r} is not a token of {name!r}; name one of its tokens{own}"
+            )
         tokenizer.eos_token = section.eos_token
     if tokenizer.eos_token_id is None:
         raise RunError(
@@ -73,7 +125,12 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         path = Path(section.chat_template)
         if not path.is_file():
             raise RunError(f"model.chat_template: there is no file {str(path)!r}")
-        tokenizer.chat_template = path.read_text()
+        try:
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunError(
+                f"model.chat_template: can't read {str(path)!r} ({_first_line(error)}); give a Jinja template as text"
+            ) from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # only for generation; our batches carry no pad token
     return tokenizer
@@ -99,6 +156,18 @@ def max_length(asked: int | None, config: PretrainedConfig) -> int:
     return asked
 
 
+def check_vocabulary(section: ModelSection, config: PretrainedConfig, *tables: TokenTable) -> None:
+    """Raises ``RunError`` if the rows hold a token that the model has no embedding for."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    ids = (ragged.values for table in tables for ragged in (table.prompts, *table.legs.values()))
+    highest = max(int(values.max(initial=0)) for values in ids)
+    if size is not None and highest >= size:
+        raise RunError(
+            f"the tokenizer gives token {highest} and {section.model_name_or_path!r} knows {size} tokens; set "
+            "model.tokenizer_name_or_path to the model's own tokenizer"
+        )
+
+
 def compute_dtype(section: ModelSection) -> torch.dtype:
     """What ``model.dtype`` resolves to on this machine."""
     if section.dtype == "auto":
@@ -108,7 +177,13 @@ def compute_dtype(section: ModelSection) -> torch.dtype:
 
 
 def attention(section: ModelSection, config: PretrainedConfig) -> str:
-    """Attention implementation, by device and by what the model needs."""
+    """Attention implementation, by device and by what the model needs.
+
+    Raises:
+        RunError: the recipe asks for one that can't be trained with on this machine.
+    """
+    if section.attn_implementation == "flex_attention" and not torch.cuda.is_available():
+        raise RunError("model.attn_implementation flex_attention can't be trained on a CPU; use auto or sdpa")
     if section.attn_implementation != "auto":
         return section.attn_implementation
     if torch.cuda.is_available():
@@ -128,7 +203,7 @@ def load_weights(
         dtype: of the weights: float32 if they are trained, the compute type if they are frozen.
         name: another model than the section's, for a reference.
     Raises:
-        RunError: it can't be read, or weights are missing and would be random.
+        RunError: it can't be read, or weights are missing or of another shape and would be random.
     """
     from transformers import AutoModelForCausalLM
 
@@ -139,23 +214,34 @@ def load_weights(
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 name,
-                revision=section.model_revision if name == section.model_name_or_path else "main",
+                revision=_revision(section, name),
                 dtype=dtype,
                 attn_implementation=implementation,
                 trust_remote_code=section.trust_remote_code,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are ours to name, below
             )
             break
         except ValueError as error:  # this architecture has no such attention
             if "attention" not in str(error).lower() or implementation == "eager":
                 raise RunError(f"can't load {name!r}: {_first_line(error)}") from None
-        except (OSError, RuntimeError, KeyError) as error:
-            raise RunError(f"can't load the weights of {name!r}: {_first_line(error)}") from None
+        except (OSError, RuntimeError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+            raise RunError(
+                f"can't load the weights of {name!r} ({_first_line(error)}); copy or download the model again"
+            ) from None
     else:
         raise RunError(f"{name!r} supports none of {[wanted, *fallbacks]}; set model.attn_implementation")
     missing = sorted(info["missing_keys"])
     if missing:
-        raise RunError(f"{name!r} lacks {len(missing)} weights ({missing[0]} …), which would start as random numbers")
+        raise RunError(
+            f"{name!r} lacks {len(missing)} weights ({missing[0]} …), which would start as random numbers; "
+            "copy or download the model again"
+        )
+    for weight, stored, expected in sorted(info["mismatched_keys"]):
+        raise RunError(
+            f"{name!r} holds {weight} of shape {list(stored)} and its config.json says {list(expected)}; "
+            "copy or download the model again"
+        )
     return model
 
 
@@ -169,6 +255,47 @@ def policy(section: ModelSection, lora: LoraSection | None, config: PretrainedCo
     return model
 
 
+def check_before_loading(recipe: Recipe, config: PretrainedConfig) -> None:
+    """What can be known of model, adapter and reference without a weight.
+
+    Raises:
+        RunError: this machine can't train with the attention that is asked for, the adapter to go on from or the
+            reference is not there, or a module that ``lora`` names is not in the model.
+    """
+    attention(recipe.model, config)
+    if recipe.lora is not None and recipe.lora.adapter_name_or_path is not None:
+        _find_adapter(recipe.lora.adapter_name_or_path)
+    elif recipe.lora is not None:
+        _try_adapter(recipe.model, recipe.lora, config)
+    if recipe.mixture.needs.reference and recipe.reference.model not in ("initial", "base"):
+        load_config(recipe.model, recipe.reference.model)
+
+
+def _try_adapter(section: ModelSection, lora: LoraSection, config: PretrainedConfig) -> None:
+    """Adds the adapter to a model that has modules and no weights."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
+    except (ValueError, ImportError, RuntimeError, NotImplementedError):
+        return  # what is wrong with the model is told where it is loaded
+    with warnings.catch_warnings(action="ignore"):  # peft gives them again when the adapter is added
+        add_adapter(skeleton, lora)
+
+
+def _find_adapter(name: str) -> None:
+    from peft import PeftConfig
+
+    key = "lora.adapter_name_or_path"
+    _require_folder(name, key)
+    try:
+        PeftConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{key}: can't load the adapter {name!r} ({_first_line(error)}); check the name") from None
+    _require_whole_files(name, key)
+
+
 def add_adapter(model: Any, lora: LoraSection) -> nn.Module:
     """Wraps the model with a new adapter, or with a trained one to go on from.
 
@@ -180,8 +307,12 @@ def add_adapter(model: Any, lora: LoraSection) -> nn.Module:
     if lora.adapter_name_or_path is not None:
         try:
             return PeftModel.from_pretrained(model, lora.adapter_name_or_path, is_trainable=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise RunError(f"can't load the adapter {lora.adapter_name_or_path!r}: {_first_line(error)}") from None
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise RunError(
+                f"lora.adapter_name_or_path: the adapter {lora.adapter_name_or_path!r} does not go with this model "
+                f"({_first_line(error)}); name the model it was trained on"
+            ) from None
+    _require_modules(model, lora)
     settings = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
@@ -200,11 +331,34 @@ def add_adapter(model: Any, lora: LoraSection) -> nn.Module:
             )
             return get_peft_model(model, settings)
     except ValueError as error:
-        linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise RunError(
-            f"lora.target_modules {lora.target_modules!r} does not fit the model ({_first_line(error)}); "
-            f"its linear layers are {', '.join(linear)}"
+            f"lora.target_modules {lora.target_modules!r} does not fit the model ({_first_line(error)}); name some of "
+            "its linear layers"
         ) from None
+
+
+def _require_modules(model: nn.Module, lora: LoraSection) -> None:
+    """Every name the section lists is in the model: peft passes over one that is not as long as another is."""
+    names = [name for name, _ in model.named_modules()]
+    linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+    if isinstance(lora.target_modules, str) and lora.target_modules != "all-linear":
+        try:
+            found = any(re.fullmatch(lora.target_modules, name) for name in names)
+        except re.error:
+            found = False
+        if not found:
+            raise RunError(
+                f"lora.target_modules: no module's full name matches the pattern {lora.target_modules!r}; write "
+                f"all-linear or a list of {', '.join(linear)}"
+            )
+    for key in ("target_modules", "modules_to_save"):
+        listed = getattr(lora, key)
+        for module in listed if isinstance(listed, list) else ():
+            if not any(name == module or name.endswith(f".{module}") for name in names):
+                raise RunError(
+                    f"lora.{key}: no module of the model is called {module!r}; its linear layers are "
+                    f"{', '.join(linear)}"
+                )
 
 
 def starts_as_base(model: nn.Module, lora: LoraSection | None) -> bool:
@@ -250,4 +404,4 @@ def _require_folder(name: str, key: str) -> None:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")
+    return text.splitlines()[0].rstrip(".: ")

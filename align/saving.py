@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fnmatch
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from align.errors import RunError
 
@@ -20,6 +23,14 @@ MANIFEST = "manifest.json"
 STATE = "align_state.json"
 RECIPE = "recipe.yaml"
 PARTIAL = ".partial"
+
+LEFT_BY_RUNS = (
+    "checkpoint-*", PARTIAL, RECIPE, "metrics.jsonl", "results.json", "report.html", "README.md", ".eval_results",
+    "data_report.json", "checks.json", "example.txt", "resumes.json", "runs", "training_args.bin",
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.*", "vocab.*", "merges.txt",
+)  # fmt: skip
+"""What ``train.overwrite_output_dir`` deletes; anything else in the folder is somebody's and stays."""
 
 MAY_DIFFER = {
     "train": {
@@ -49,17 +60,29 @@ def verify(folder: Path) -> None:
         RunError: it is no checkpoint of ours, or a file is missing or damaged.
     """
     if not (folder / MANIFEST).is_file():
-        raise RunError(f"{folder} is not a complete checkpoint (it has no {MANIFEST}); choose another one")
+        raise RunError(f"{folder} is not a complete checkpoint (it has no {MANIFEST}); {_another(folder)}")
     try:
         files = json.loads((folder / MANIFEST).read_text())
-    except ValueError:
-        raise RunError(f"{folder}/{MANIFEST} is damaged; resume from another checkpoint") from None
-    for name, expected in files.items():
+        expected = {str(name): (int(file["bytes"]), str(file["blake2b"])) for name, file in files.items()}
+        whole = {STATE, RECIPE} <= expected.keys()
+    except (ValueError, TypeError, KeyError, AttributeError):
+        whole, expected = False, {}
+    if not whole:
+        raise RunError(f"the checkpoint {folder} is damaged: {MANIFEST} is no list of its files; {_another(folder)}")
+    for name, (size, content) in expected.items():
         path = folder / name
         if not path.is_file():
-            raise RunError(f"the checkpoint {folder} is damaged: {name} is missing; resume from another checkpoint")
-        if path.stat().st_size != expected["bytes"] or _hash(path) != expected["blake2b"]:
-            raise RunError(f"the checkpoint {folder} is damaged: {name} has changed; resume from another checkpoint")
+            raise RunError(f"the checkpoint {folder} is damaged: {name} is missing; {_another(folder)}")
+        if path.stat().st_size != size or _hash(path) != content:
+            raise RunError(f"the checkpoint {folder} is damaged: {name} has changed; {_another(folder)}")
+
+
+def _another(folder: Path) -> str:
+    """The way out of a checkpoint that can't be used."""
+    others = [path for path in checkpoints(folder.parent) if path.name != folder.name]
+    if not others:
+        return "start a new output_dir"
+    return f"resume from {others[-1]} with --resume_from_checkpoint"
 
 
 def _hash(path: Path) -> str:
@@ -96,8 +119,10 @@ def refuse_other_recipe(folder: Path, resolved: Mapping[str, Any]) -> None:
     """Raises ``RunError`` listing the keys in which a checkpoint's recipe differs, where that changes numbers."""
     try:
         stored = yaml.safe_load((folder / RECIPE).read_text())
-    except (OSError, yaml.YAMLError):
-        raise RunError(f"{folder} lacks its recipe; resume from another checkpoint") from None
+    except (OSError, ValueError, yaml.YAMLError):
+        stored = None
+    if not isinstance(stored, Mapping):
+        raise RunError(f"the checkpoint {folder} is damaged: it has no {RECIPE} to compare with; {_another(folder)}")
     differing = [
         f"{path} was {was!r}, is {now!r}"
         for path, was, now in _differences(stored, resolved)
@@ -105,6 +130,16 @@ def refuse_other_recipe(folder: Path, resolved: Mapping[str, Any]) -> None:
     ]
     if differing:
         raise RunError(f"{folder} belongs to another recipe: {'; '.join(differing[:5])}; start a new output_dir")
+
+
+def refuse_other_rows(folder: Path, fingerprint: str) -> None:
+    """Raises ``RunError`` if a checkpoint was made from other training rows than the recipe's data holds now."""
+    stored = json.loads((folder / STATE).read_text()).get("rows")
+    if stored != fingerprint:
+        raise RunError(
+            f"{folder} was trained on other rows than data.dataset_name holds now; restore the data, or start a new "
+            "output_dir"
+        )
 
 
 def _differences(stored: Any, resolved: Any, path: str = "") -> list[tuple[str, Any, Any]]:
@@ -124,30 +159,38 @@ def _differences(stored: Any, resolved: Any, path: str = "") -> list[tuple[str, 
     return [] if stored == resolved else [(path, stored, resolved)]
 
 
-def claim_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> None:
-    """Refuses a folder that holds another run; nothing is deleted unless asked for.
-
-    Raises:
-        RunError: it does, or it can't be written.
-    """
+def refuse_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> None:
+    """Raises ``RunError`` for a file, and for a folder that holds another run. Changes nothing."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise RunError(f"train.output_dir {str(output_dir)!r} is a file; name a folder")
     leftovers = [name for name in ("metrics.jsonl", RECIPE, "results.json") if (output_dir / name).exists()]
+    leftovers += [path.name for path in checkpoints(output_dir)]
     if leftovers and not (overwrite or resume):
         raise RunError(
             f"{output_dir} already holds a run ({leftovers[0]}); choose another --output_dir, go on with "
             "--resume_from_checkpoint last, or delete it with --overwrite_output_dir"
         )
-    if output_dir.exists() and not output_dir.is_dir():
-        raise RunError(f"train.output_dir {str(output_dir)!r} is a file; name a folder")
+
+
+def claim_output_dir(output_dir: Path, *, overwrite: bool) -> None:
+    """Makes the folder; deletes what a former run left there if asked to.
+
+    Raises:
+        RunError: it can't be written.
+    """
     try:
-        if overwrite and leftovers:
-            shutil.rmtree(output_dir)
+        for path in sorted(output_dir.iterdir()) if overwrite and output_dir.is_dir() else ():
+            if any(fnmatch.fnmatch(path.name, pattern) for pattern in LEFT_BY_RUNS):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         output_dir.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
         probe = output_dir / ".writable"
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise RunError(f"can't write to train.output_dir {str(output_dir)!r}: {error.strerror}") from None
+        raise RunError(
+            f"can't write to train.output_dir {str(output_dir)!r} ({error.strerror}); choose another --output_dir"
+        ) from None
 
 
 def require_space(output_dir: Path, needed: int, what: str) -> None:
@@ -155,7 +198,7 @@ def require_space(output_dir: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(output_dir).free
     if free < needed:
         raise RunError(
-            f"{output_dir} has {_size(free)} left and {what} takes about {_size(needed)}; free some, choose another "
+            f"{output_dir} has {_size(free)} left and {what} need about {_size(needed)}; free some, choose another "
             "output_dir, or lower train.save_total_limit"
         )
 
@@ -168,11 +211,41 @@ def _size(count: int) -> str:
     raise AssertionError
 
 
-def explain_os_error(error: OSError, output_dir: Path) -> RunError:
-    """One sentence for a disk that failed in the middle of a run."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RunError(f"no space left for {output_dir}; free some and go on with --resume_from_checkpoint last")
-    return RunError(f"could not write {error.filename or output_dir}: {error.strerror or error}")
+@contextlib.contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Makes one sentence of what comes of a disk that can't be written to; other errors pass.
+
+    Raises:
+        RunError: ``folder`` is full or broken.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:  # safetensors and torch wrap the system's error
+        fault = _disk_fault(error, folder)
+        if fault is None:
+            raise
+        raise fault from error
+
+
+def _disk_fault(error: Exception, folder: Path) -> RunError | None:
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return None
+    number = getattr(error, "errno", None)
+    # torch and numpy tell neither number nor reason when a file stays shorter than what they wrote.
+    cut_short = re.search(r"PytorchStreamWriter|inline_container|\d+ requested and \d+ written", str(error))
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or (cut_short and number is None):
+        return RunError(f"no space left in {folder}; free some and go on with --resume_from_checkpoint last")
+    if isinstance(error, (OSError, SafetensorError)):
+        reason = getattr(error, "strerror", None) or _one_line(error)
+        return RunError(
+            f"could not write {getattr(error, 'filename', None) or folder} ({reason}); mend that and go on with "
+            "--resume_from_checkpoint last"
+        )
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def publish(partial: Path, final: Path) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,8 +24,10 @@ from align.reference import (
     plan_for_scoring,
     verify_cached,
 )
+from align.saving import explained
 from data.loader import PlannedBatches
 from data.pack import PackedBatch
+from data.store import cache_dir
 
 if TYPE_CHECKING:
     from align.trainer import ObjectiveTrainer
@@ -41,6 +44,7 @@ class Startup:
         frozen: loads the separate reference model that the recipe names; None where the policy is its own reference.
         starts_as_reference: whether policy and reference are the same function before the first step.
         dtype: of the computation.
+        row_names: name a row of the training and of the evaluation data, for messages.
         say: prints on the first rank.
     """
 
@@ -52,10 +56,12 @@ class Startup:
         frozen: Callable[[], torch.nn.Module] | None,
         starts_as_reference: bool,
         dtype: torch.dtype,
+        row_names: Sequence[Callable[[int], str]],
         say: Say,
     ) -> None:
         self.recipe, self.key, self.frozen = recipe, key, frozen
         self.starts_as_reference, self.dtype, self.say = starts_as_reference, dtype, say
+        self.row_names = row_names
         self.checks: list[checks.Check] = []
 
     def __call__(self, trainer: ObjectiveTrainer) -> None:
@@ -95,6 +101,8 @@ class Startup:
                 if found and not lacking:
                     verify_cached(legs, split, scorer, checks.TOLERANCES[self.dtype].token)
                 self._fill(legs, split, scorer, trainer)
+        for legs, name in zip(stored, self.row_names, strict=True):
+            _refuse_not_finite(legs, name)
         for legs, split in zip(stored, splits, strict=True):
             split.references = {name: leg.ragged() for name, leg in legs.items()}
 
@@ -110,7 +118,8 @@ class Startup:
                 self.say(f"reference: {done} of {total} rows, {done / (now - started):.1f} rows/s")
 
         scoring = PlannedBatches(split.table, plan_for_scoring(split.plan), rank=split.rank, share=split.share)
-        fill_cache(legs, scoring, scorer, trainer.gather, progress)
+        with explained(cache_dir()):
+            fill_cache(legs, scoring, scorer, trainer.gather, progress)
 
     def _scorer(self, trainer: ObjectiveTrainer) -> Scorer:
         if self.frozen is not None:
@@ -124,6 +133,18 @@ class Startup:
 
             return without_adapter
         return trainer.score
+
+
+def _refuse_not_finite(legs: Mapping[str, StoredLogps], name: Callable[[int], str]) -> None:
+    """A reference that gives no number for a row would give no number for the loss."""
+    for leg, stored in legs.items():
+        bad = np.flatnonzero(~np.isfinite(stored.values))
+        if len(bad):
+            row = int(np.searchsorted(stored.offsets, bad[0], side="right")) - 1
+            raise RunError(
+                f"the reference's log-probs of the {leg!r} response are not finite in {name(row)}; leave that row out, "
+                "or check the weights and model.dtype"
+            )
 
 
 def frozen_scorer(model: torch.nn.Module, trainer: ObjectiveTrainer) -> Scorer:
@@ -157,7 +178,7 @@ def load_frozen(recipe: Recipe, dtype: torch.dtype, tokenizer_size: int) -> torc
     from align.forward import bind
 
     initial = recipe.reference.model == "initial"
-    name = recipe.model.model_name_or_path if initial else recipe.reference.model
+    name = None if initial else recipe.reference.model
     config = load_config(recipe.model, name)
     model: torch.nn.Module = load_weights(recipe.model, config, dtype, name)
     if model.get_input_embeddings().num_embeddings < tokenizer_size:  # type: ignore[operator]

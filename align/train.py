@@ -96,41 +96,49 @@ def run(recipe: Recipe, command: str = "") -> Path:
     from align import model as models
     from align.build import build
     from data.preparation import prepare
+    from data.store import cache_dir
     from evals import run_directory
     from evals.held_out import HeldOut
 
     # What can be refused without reading a weight is refused now.
-    output_dir = Path(recipe.train.output_dir)
+    assemble.check_names(recipe)
+    output_dir, overwrite = Path(recipe.train.output_dir), recipe.train.overwrite_output_dir
     checkpoint = None
     if recipe.train.resume_from_checkpoint is not None:
         checkpoint = saving.find_checkpoint(recipe.train.resume_from_checkpoint, output_dir)
         saving.verify(checkpoint)
         saving.refuse_other_recipe(checkpoint, recipe.resolved())
+    if first:
+        saving.refuse_output_dir(output_dir, overwrite=overwrite, resume=checkpoint is not None)
     run_directory.check_hub(recipe)
     config = models.load_config(recipe.model)
     tokenizer = models.load_tokenizer(recipe.model)
-    prepared = prepare(assemble.data_spec(recipe, models.max_length(recipe.data.max_length, config)), tokenizer)
+    models.check_before_loading(recipe, config)
+    spec = assemble.data_spec(recipe, models.max_length(recipe.data.max_length, config))
+    with saving.explained(cache_dir()):
+        prepared = prepare(spec, tokenizer)
     assemble.tell_data(prepared.report, say)
+    models.check_vocabulary(recipe.model, config, *prepared.tables())
     assemble.train_plan(recipe, prepared.train.table, share=True, pack=True)
+    if checkpoint is not None:
+        saving.refuse_other_rows(checkpoint, prepared.train.table.fingerprint())
     if first:
-        saving.claim_output_dir(output_dir, overwrite=recipe.train.overwrite_output_dir, resume=checkpoint is not None)
+        saving.claim_output_dir(output_dir, overwrite=overwrite)
         saving.require_space(output_dir, assemble.bytes_needed(recipe), "the weights with their checkpoints")
 
     # From here on it costs something.
     held_out = HeldOut(prepared.eval, dataset=run_directory.dataset_names(recipe)) if prepared.eval else None
     ready = build(recipe, config, tokenizer, prepared, held_out, say)
-    if first:
-        run_directory.begin(ready, output_dir, checkpoint, held_out, say)
     trainer = ready.trainer
-    try:
+    with saving.explained(output_dir):
+        if first:
+            run_directory.begin(ready, output_dir, checkpoint, held_out, say)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.save_model()
-    except OSError as error:
-        raise saving.explain_os_error(error, output_dir) from error
-    if held_out is not None and held_out.last_step != trainer.state.global_step:
-        trainer.evaluate()
-    if first:
-        run_directory.finish(ready, output_dir, held_out.results if held_out else [], command, say)
+        if held_out is not None and held_out.last_step != trainer.state.global_step:
+            trainer.evaluate()
+        if first:
+            run_directory.finish(ready, output_dir, held_out.results if held_out else [], command, say)
     trainer.accelerator.wait_for_everyone()
     return output_dir
 

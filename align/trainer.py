@@ -31,7 +31,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from align.errors import RunError
 from align.forward import causal_lm, dense, router_weight
 from align.meter import Meter
-from align.saving import PARTIAL, RECIPE, STATE, explain_os_error, publish, write_manifest
+from align.saving import PARTIAL, RECIPE, STATE, explained, publish, write_manifest
 from data.loader import PlannedBatches
 from data.pack import PackedBatch
 from objectives import Leg, LegBatch, Mixture, Output, Term
@@ -164,17 +164,21 @@ class ObjectiveTrainer(Trainer):
 
     def finish_step(self) -> None:
         """Before the optimizer moves: refuses a loss that is not a number. Asks the device once per step."""
-        losses = torch.stack([loss for _, loss in self._step_losses])
-        if not bool(losses.isfinite().all()):
-            first = int((~losses.isfinite()).nonzero()[0])
-            raise RunError(self._name_bad_rows(self._step_losses[first][0], float(losses[first])))
+        self._refuse_bad_loss()
         self._step_losses = []
         observed = {name: self.sum_over_ranks(value) for name, value in self._observed.items()}
         if observed:
             self.objective_state = self.mixture.update(self.objective_state, observed)
         self._observed = {}
 
-    def _name_bad_rows(self, batch: PackedBatch, loss: float) -> str:
+    def _refuse_bad_loss(self) -> None:
+        losses = torch.stack([loss for _, loss in self._step_losses])
+        if not bool(losses.isfinite().all()):
+            first = int((~losses.isfinite()).nonzero()[0])
+            raise RunError(self.name_bad_rows(self._step_losses[first][0], float(losses[first])))
+
+    def name_bad_rows(self, batch: PackedBatch, loss: float) -> str:
+        """What to say of a loss that is not a number: which rows it comes from."""
         with torch.no_grad(), self.compute_loss_context_manager():
             flat = self.model_wrapped(packed=batch)["logps"]
         finite = torch.stack([dense(flat, batch, name).isfinite().all(-1) for name in batch.legs]).all(0)
@@ -189,6 +193,7 @@ class ObjectiveTrainer(Trainer):
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
         if norm is not None and not bool(torch.as_tensor(norm).isfinite()):
+            self._refuse_bad_loss()  # which knows the rows; a gradient is of all of them
             rows = [int(row) for batch, _ in self._step_losses for row in batch.rows]
             names = "; ".join(self.row_name(row) for row in rows[:5])
             raise RunError(
@@ -306,26 +311,31 @@ class ObjectiveTrainer(Trainer):
         meter = self.meter.state_dict(self.sum_over_ranks)
         self._saving = True
         try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                partial = run_dir / PARTIAL / name
-                (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle of settings the recipe holds anyway
-                (partial / STATE).write_text(json.dumps({"meter": meter, "objective_state": self._state_to_json()}))
-                (partial / RECIPE).write_text(self.recipe_yaml)
-                write_manifest(partial)
-                publish(partial, run_dir / name)
-                partial.parent.rmdir()
-                rotate_checkpoints(str(run_dir), save_total_limit=self.args.save_total_limit)
-        except OSError as error:
+            with explained(run_dir):
+                self._write_checkpoint(model, trial, name, meter)
+        except Exception:
             shutil.rmtree(run_dir / PARTIAL, ignore_errors=True)
-            raise explain_os_error(error, run_dir) from error
+            raise
         finally:
             self._saving = False
         self.accelerator.wait_for_everyone()
 
+    def _write_checkpoint(self, model: nn.Module, trial: Any, name: str, meter: dict[str, Any]) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            run_dir = Path(self.args.output_dir)
+            partial = run_dir / PARTIAL / name
+            (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle of settings the recipe holds anyway
+            (partial / STATE).write_text(json.dumps(self._state_to_json() | {"meter": meter}))
+            (partial / RECIPE).write_text(self.recipe_yaml)
+            write_manifest(partial)
+            publish(partial, run_dir / name)
+            partial.parent.rmdir()
+            rotate_checkpoints(str(run_dir), save_total_limit=self.args.save_total_limit)
+
     def _state_to_json(self) -> dict[str, Any]:
-        return {
+        state = {
             name: {
                 "values": value.flatten().tolist(),
                 "shape": list(value.shape),
@@ -333,6 +343,7 @@ class ObjectiveTrainer(Trainer):
             }
             for name, value in self.objective_state.items()
         }
+        return {"objective_state": state, "rows": self.batches.table.fingerprint()}
 
 
 def _row_sums(batch: PackedBatch, legs: LegBatch) -> dict[str, np.ndarray]:

@@ -67,6 +67,10 @@ class Prepared:
     report: Mapping[str, Any]
     """Counts of what was read, dropped, cut and changed; written to ``data_report.json``."""
 
+    def tables(self) -> list[TokenTable]:
+        """The tokens of training and, where there is one, of evaluation."""
+        return [split.table for split in (self.train, self.eval) if split is not None]
+
 
 def read_sources(spec: DataSpec) -> tuple[list[Row], list[Row], list[LoadedRows]]:
     """Training rows, evaluation rows and what was loaded. Needs no tokenizer and no model.
