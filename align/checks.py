@@ -154,7 +154,7 @@ def check_step0(trainer: ObjectiveTrainer, batch: PackedBatch, dtype: torch.dtyp
     allowed, checks = TOLERANCES[dtype], []
     batch = batch.to(trainer.args.device)
     with trainer.scoring():
-        output, legs, _ = trainer.compute_output(trainer.model_wrapped, batch)
+        output, legs, _ = trainer.compute_output(trainer.wrapped, batch)
         loss = float(output.loss(batch.counts))
     if not math.isfinite(loss):
         raise RunError(trainer.name_bad_rows(batch, loss))
@@ -195,7 +195,7 @@ def check_longest(trainer: ObjectiveTrainer) -> Check:
     """
     rows = trainer.batches.plan.costliest()
     positions = trainer.batches.plan.positions(rows)
-    model = trainer.model_wrapped
+    model = trainer.wrapped
     with undisturbed(model):
         model.train()  # gradient checkpointing works in this mode only
         try:

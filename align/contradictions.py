@@ -13,13 +13,29 @@ if TYPE_CHECKING:
 SINGLE_DATASET = ("dataset_name", "dataset_config", "dataset_train_split", "columns", "format")
 """Keys of the data section that describe its one dataset."""
 
-# (key, what makes it idle, test on the other values)
+# (key, what makes it idle, the keys that can do so, test on the other values)
 _IDLE = (
-    ("train.num_train_epochs", "train.max_steps decides", lambda v: _number(v, "train", "max_steps", -1) > 0),
-    ("train.eval_steps", "train.eval_strategy is not steps", lambda v: _get(v, "train", "eval_strategy") != "steps"),
-    ("train.save_steps", "train.save_strategy is not steps", lambda v: _get(v, "train", "save_strategy", "steps") != "steps"),  # noqa: E501
-    ("data.eval_share", "data.eval_dataset_name gives the eval set", lambda v: _get(v, "data", "eval_dataset_name")),
-    ("data.eval_split", "there is no data.eval_dataset_name", lambda v: not _get(v, "data", "eval_dataset_name")),
+    ("train.num_train_epochs", "train.max_steps decides", ("train.max_steps",),
+     lambda v: _number(v, "train", "max_steps", -1) > 0),
+    ("train.eval_strategy", "data.eval_share 0 holds no prompts out", ("data.eval_share",),
+     lambda v: _get(v, "train", "eval_strategy") in ("steps", "epoch") and not _get(v, "data", "eval_dataset_name")
+     and _number(v, "data", "eval_share", 1) == 0),
+    ("train.eval_steps", "train.eval_strategy is not steps", ("train.eval_strategy", "data.eval_share"),
+     lambda v: _get(v, "train", "eval_strategy") != "steps"),
+    ("train.save_steps", "train.save_strategy is not steps", ("train.save_strategy",),
+     lambda v: _get(v, "train", "save_strategy", "steps") != "steps"),
+    ("train.save_total_limit", "train.save_strategy no saves none", ("train.save_strategy",),
+     lambda v: _get(v, "train", "save_strategy") in ("no", False)),
+    ("train.warmup_steps", "this train.lr_scheduler_type does not warm up (constant_with_warmup and linear do)",
+     ("train.lr_scheduler_type",),
+     lambda v: _get(v, "train", "lr_scheduler_type") in ("constant", "reduce_lr_on_plateau")
+     and _number(v, "train", "warmup_steps", 0) > 0),
+    ("data.eval_share", "data.eval_dataset_name gives the eval set", ("data.eval_dataset_name",),
+     lambda v: _get(v, "data", "eval_dataset_name")),
+    ("data.eval_split", "there is no data.eval_dataset_name", ("data.eval_dataset_name",),
+     lambda v: not _get(v, "data", "eval_dataset_name")),
+    ("hub.hub_private_repo", "hub.push_to_hub is false", ("hub.push_to_hub",),
+     lambda v: _get(v, "hub", "hub_private_repo") is True and not _get(v, "hub", "push_to_hub")),
 )  # fmt: skip
 
 
@@ -37,32 +53,31 @@ def _number(values: Mapping[str, Any], section: str, key: str, default: float) -
 
 def refuse_idle(values: dict[str, Any], written: Mapping[str, str], commanded: set[str], idle: list[str]) -> None:
     """A key without effect is an error, or one printed line where the command line made it so."""
-    for path, reason, is_idle in _IDLE:
+    for path, reason, makers, is_idle in _IDLE:
         section, key = path.split(".")
         if path not in written or _get(values, section, key) is None or not is_idle(values):
             continue
-        if path in commanded or not _made_idle_by_command(path, commanded):
+        if path in commanded or commanded.isdisjoint(makers):
             raise RecipeError(f"{path} has no effect: {reason}; remove it")
-        idle.append(f"{path} = {values[section].pop(key)!r}: {reason}")
+        idle.append(f"{path} = {values[section].pop(key)!r} has no effect: {reason}")
 
 
-def _made_idle_by_command(path: str, commanded: set[str]) -> bool:
-    makers = {
-        "train.num_train_epochs": "train.max_steps",
-        "train.eval_steps": "train.eval_strategy",
-        "train.save_steps": "train.save_strategy",
-        "data.eval_share": "data.eval_dataset_name",
-        "data.eval_split": "data.eval_dataset_name",
-    }
-    return makers[path] in commanded
+def refuse_idle_reference(
+    values: dict[str, Any], names: str, written: Mapping[str, str], commanded: set[str], idle: list[str]
+) -> None:
+    """The same for a reference beside objectives, ``names``, that need none."""
+    keys = {path for path in written if path.split(".")[0] == "reference"}
+    if not keys:
+        return
+    reason = f"reference has no effect: {names} needs no reference model"
+    if not commanded.isdisjoint(keys) or commanded.isdisjoint(("objective", "objective.name")):
+        raise RecipeError(f"{reason}; remove the section")
+    values.pop("reference", None)
+    idle.append(reason)
 
 
 def refuse_contradictions(recipe: Recipe, values: Mapping[str, Any], written: Mapping[str, str]) -> None:
     """Raises ``RecipeError`` where two sections can't both be meant."""
-    names = ", ".join(entry.name for entry in recipe.objectives)
-    renamed = written.get("objective.name") == "the command line"
-    if "reference" in written and not recipe.mixture.needs.reference and not renamed:
-        raise RecipeError(f"reference has no effect: {names} needs no reference model; remove the section")
     if recipe.reference.source == "adapter_off" and recipe.lora is None:
         raise RecipeError("reference.source adapter_off needs a lora section; use cached for full fine-tuning")
     if recipe.reference.source == "adapter_off" and recipe.reference.model not in ("initial", "base"):
@@ -84,7 +99,8 @@ def refuse_contradictions(recipe: Recipe, values: Mapping[str, Any], written: Ma
                 "use source: cached, or model: base"
             )
     if recipe.data.datasets is not None:
-        own = [key for key in SINGLE_DATASET if f"data.{key}" in written]
+        # columns may be written key by key: --data.columns.prompt question
+        own = [key for key in SINGLE_DATASET if any(f"{path}.".startswith(f"data.{key}.") for path in written)]
         if own:
             raise RecipeError(f"data.{own[0]} has no effect beside data.datasets; write it inside each dataset")
     if recipe.train.eval_strategy == "steps" and recipe.train.eval_steps is None:

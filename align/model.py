@@ -212,7 +212,7 @@ def load_weights(
     fallbacks = ["sdpa", "eager"] if section.attn_implementation == "auto" else []
     for implementation in dict.fromkeys([wanted, *fallbacks]):
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name,
                 revision=_revision(section, name),
                 dtype=dtype,
@@ -221,6 +221,7 @@ def load_weights(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # so that they are ours to name, below
             )
+            model, info = loaded
             break
         except ValueError as error:  # this architecture has no such attention
             if "attention" not in str(error).lower() or implementation == "eager":

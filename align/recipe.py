@@ -10,7 +10,8 @@ would have no effect are errors of one sentence.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +20,9 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from align.contradictions import SINGLE_DATASET, refuse_contradictions, refuse_idle
+from align.contradictions import SINGLE_DATASET, refuse_contradictions, refuse_idle, refuse_idle_reference
 from align.errors import RecipeError
 from align.sections import (
     SECTIONS,
@@ -44,7 +45,6 @@ ELSEWHERE = {
     "per_device_eval_batch_size": "train.token_budget",
     "gradient_accumulation_steps": "train.rows_per_step; how many microbatches it takes is derived",
     "precompute_ref_log_probs": "reference.source: cached, the default",
-    "sync_ref_model": "nothing yet: the reference is frozen",
     "ref_model": "reference.model",
     "bf16": "model.dtype: bfloat16",
     "fp16": "model.dtype: bfloat16",
@@ -56,12 +56,31 @@ ELSEWHERE = {
     "disable_dropout": "train.allow_dropout",
     "dataset_test_split": "data.eval_split",
     "eval_dataset": "data.eval_dataset_name",
-    "padding_free": "nothing: batches carry no padding that matters",
-    "packing": "nothing: batches carry no padding that matters",
     "warmup_ratio": "train.warmup_steps, a share of all steps when below 1",
     "activation_checkpointing": "train.gradient_checkpointing",
+    "lr": "train.learning_rate",
+    "batch_size": "train.rows_per_step (the global batch)",
+    "train_batch_size": "train.rows_per_step (the global batch)",
+    "epochs": "train.num_train_epochs",
+    "evaluation_strategy": "train.eval_strategy",
+    "max_seq_length": "data.max_length, of prompt and response together",
+    "max_completion_length": "data.max_length, of prompt and response together",
+    "rpo_alpha": "a second objective: [{name: dpo}, {name: sft, leg: chosen, weight: …}]",
+    "deepspeed": "a file for the launcher: accelerate launch --config_file FILE align/train.py …",
+    "fsdp": "a file for the launcher: accelerate launch --config_file FILE align/train.py …",
+    "hub_token": "the login of `hf auth login`, or the variable HF_TOKEN",
 }
 """Keys of other trainers, recognised only to answer with ours."""
+
+NEEDLESS = {
+    "padding_free": "batches carry no padding that matters",
+    "packing": "batches carry no padding that matters",
+    "remove_unused_columns": "unused columns are never read",
+    "sync_ref_model": "the reference is frozen",
+    "reference_free": "an objective says itself whether it needs a reference",
+    "do_train": "train.py always trains",
+}
+"""Keys of other trainers that nothing here corresponds to, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +133,11 @@ class Recipe:
             del sections["train"]["eval_steps"]
         if sections["train"]["save_strategy"] != "steps":
             del sections["train"]["save_steps"]
+        if sections["train"]["save_strategy"] == "no":
+            del sections["train"]["save_total_limit"]
+        held_out = self.data.eval_dataset_name is not None or self.data.eval_share > 0
+        if sections["train"]["eval_strategy"] != "no" and not held_out:
+            del sections["train"]["eval_strategy"]
         if (lora := sections.get("lora")) and lora["adapter_name_or_path"]:
             sections["lora"] = {"adapter_name_or_path": lora["adapter_name_or_path"]}
         entries = [
@@ -144,18 +168,19 @@ def read_recipe(config: str | Path | None, overrides: Sequence[str] = ()) -> Rec
     commanded: set[str] = set()
     for key, value in _pairs(overrides):
         try:
-            parsed = OmegaConf.from_dotlist([f"v={value}"])["v"]
-            whole = key in (*SECTIONS, "objective") and OmegaConf.is_config(
-                parsed
-            )
+            parsed = OmegaConf.from_dotlist([f"v={value}"])["v"] if value else None
+            whole = key in (*SECTIONS, "objective") and OmegaConf.is_config(parsed)
             path = key if whole else _place(key, merged)
+            if _is_text(path) and parsed is not None:
+                parsed = parsed if isinstance(parsed, str) else value  # --run_name 7 and --eos_token [END] are text
             OmegaConf.update(merged, path, parsed, merge=False, force_add=True)
         except (OmegaConfBaseException, yaml.YAMLError, TypeError, IndexError) as error:
-            raise RecipeError(f"--{key} can't be set to {value!r}: {_one_line(error)}") from None
-        commanded.add(path)
-        written[path] = "the command line"
+            raise RecipeError(f"--{key} can't be set to {value!r} ({_one_line(error)}); write it as in YAML") from None
+        paths = list(_paths({key: OmegaConf.to_container(parsed)})) if whole else [path]
+        commanded.update(paths)
+        written.update(dict.fromkeys(paths, "the command line"))
     try:
-        values = OmegaConf.to_container(merged, resolve=True)
+        values: Any = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise RecipeError(f"{where}: {_one_line(error)}") from None
     assert isinstance(values, dict)
@@ -168,7 +193,7 @@ def _load(path: Path) -> dict[str, Any]:
         raise RecipeError(f"there is no recipe {str(path)!r}; --config takes a YAML file, e.g. launch/recipes/dpo.yaml")
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not valid YAML: {_one_line(error)}") from None
     if not isinstance(loaded, dict):
         raise RecipeError(
@@ -187,29 +212,38 @@ def _check_keys(tree: Mapping[str, Any], where: str) -> None:
         if section == "objective":
             continue
         if section not in SECTIONS:
-            raise RecipeError(f"{where}: unknown section {section!r}{_elsewhere(section)}")
+            raise RecipeError(f"{where}: unknown section {section!r}{_elsewhere(str(section), SECTIONS)}")
         if not isinstance(keys, Mapping):
-            raise RecipeError(f"{where}: section {section!r} must hold keys, got {keys!r}")
+            raise RecipeError(
+                f"{where}: section {section!r} must hold keys, got {keys!r}; write them, or leave the section out"
+            )
         known = [f.name for f in dataclasses.fields(SECTIONS[section])]
         for key in keys:
             if key not in known:
                 raise RecipeError(f"{where}: unknown key {section}.{key}{_elsewhere(str(key), known)}")
 
 
-def _elsewhere(key: str, known: Sequence[str] = ()) -> str:
-    """What to write instead of an unknown key."""
+def _elsewhere(key: str, known: Iterable[str] = ()) -> str:
+    """What to write instead of an unknown key. ``known`` are the names that could have been meant first."""
     if key in ELSEWHERE:
         return f": here it is {ELSEWHERE[key]}"
+    if key in NEEDLESS:
+        return f"; leave it out: {NEEDLESS[key]}"
     homes = [f"{section}.{key}" for section, cls in SECTIONS.items() if key in _fields(cls)]
     if homes:
         return f"; did you mean {homes[0]!r}?"
-    near = did_you_mean(key, list(known)) if known else ""
-    every = {f.name: f"{section}.{f.name}" for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
-    return near or did_you_mean(key, [*every, *SECTIONS, "objective"]) or f" (known: {', '.join(known or SECTIONS)})"
+    every = [name for cls in SECTIONS.values() for name in _fields(cls)]
+    near = did_you_mean(key, list(known)) or did_you_mean(key, [*every, *SECTIONS, "objective"])
+    return near or "; align/train.py --help lists every key"
 
 
 def _fields(cls: type) -> list[str]:
     return [f.name for f in dataclasses.fields(cls)]
+
+
+def _is_text(path: str) -> bool:
+    section, _, key = path.partition(".")
+    return section in SECTIONS and get_type_hints(SECTIONS[section]).get(key) in (str, str | None)
 
 
 def _paths(tree: Mapping[str, Any]) -> Iterator[str]:
@@ -246,6 +280,8 @@ def _place(key: str, merged: Any) -> str:
     if rest:
         if head != "objective" and head not in SECTIONS:
             raise RecipeError(f"unknown key --{key}{_elsewhere(rest[-1])}")
+        if head in SECTIONS and rest[0] not in (known := _fields(SECTIONS[head])):
+            raise RecipeError(f"unknown key --{key}{_elsewhere(rest[0], known)}")
         listed = OmegaConf.is_list(merged.get("objective"))
         if head == "objective" and rest[0].isdigit():
             count = len(merged.objective) if listed else 0
@@ -256,16 +292,24 @@ def _place(key: str, merged: Any) -> str:
         return key
     if key == "objective":
         return "objective.name"
+    if key in SECTIONS:
+        raise RecipeError(f"--{key} is a section: write --{key}.KEY VALUE, or --{key} '{{key: value, …}}'")
     homes = [section for section, cls in SECTIONS.items() if key in _fields(cls)]
     objective = merged.get("objective")
+    own: list[str] = []
     if OmegaConf.is_dict(objective):
         name = objective.get("name")
-        if isinstance(name, str) and name in OBJECTIVES and (key in _fields(OBJECTIVES[name]) or key == "weight"):
+        own = [*_fields(OBJECTIVES[name]), "weight"] if isinstance(name, str) and name in OBJECTIVES else []
+        if key in own:
             homes.append("objective")
     if len(homes) > 1:
         raise RecipeError(f"--{key} is ambiguous: write one of {', '.join(f'--{home}.{key}' for home in homes)}")
     if not homes:
-        raise RecipeError(f"unknown key --{key}{_elsewhere(key)}")
+        listed = enumerate(objective) if OmegaConf.is_list(objective) else ()
+        for number, entry in listed:
+            if OmegaConf.is_dict(entry) and entry.get("name") in OBJECTIVES and key in _fields(OBJECTIVES[entry.name]):
+                raise RecipeError(f"--{key}: the recipe lists several objectives; write --objective.{number}.{key}")
+        raise RecipeError(f"unknown key --{key}{_elsewhere(key, own)}")
     return f"{homes[0]}.{key}"
 
 
@@ -276,6 +320,9 @@ def _build(values: dict[str, Any], written: Mapping[str, str], commanded: set[st
             raise RecipeError(f"the recipe has no {section!r} section; see launch/recipes/dpo.yaml for a complete one")
     refuse_idle(values, written, commanded, idle)
     objectives = _objectives(values["objective"], commanded, idle)
+    if not any(entry.objective.needs.reference for entry in objectives):
+        names = ", ".join(entry.name for entry in objectives)
+        refuse_idle_reference(values, names, written, commanded, idle)
     sections = {name: _section(SECTIONS[name], values[name], name) for name in SECTIONS if values.get(name) is not None}
     recipe = Recipe(objectives=objectives, idle=tuple(idle), **sections)
     refuse_contradictions(recipe, values, written)
@@ -293,6 +340,11 @@ def _section(cls: type, values: Mapping[str, Any], path: str) -> Any:
         if hints[key] == (list[DatasetSection] | None) and value is not None:
             if not isinstance(value, list):
                 raise RecipeError(f"{path}.{key} must be a list of datasets, got {value!r}")
+            for i, entry in enumerate(value):
+                if not isinstance(entry, Mapping):
+                    raise RecipeError(
+                        f"{path}.{key}.{i} must be a mapping, e.g. {{dataset_name: …, weight: 1}}, got {entry!r}"
+                    )
             converted[key] = [_section(DatasetSection, entry, f"{path}.{key}.{i}") for i, entry in enumerate(value)]
             continue
         if value is False and "no" in get_args(hints[key]):
@@ -300,16 +352,25 @@ def _section(cls: type, values: Mapping[str, Any], path: str) -> Any:
         if key == "report_to" and isinstance(value, str):
             value = [] if value == "none" else [value]
         try:
+            if isinstance(value, bool) and not _allows(hints[key], bool):
+                raise ValueError("pydantic would make it a number")
             converted[key] = TypeAdapter(hints[key]).validate_python(value)
-        except ValidationError:
+        except ValueError:  # pydantic's is one
             raise RecipeError(f"{path}.{key} must be {_expected(hints[key])}, got {value!r}") from None
+        if isinstance(converted[key], float) and not math.isfinite(converted[key]):
+            raise RecipeError(f"{path}.{key} must be a finite number, got {value!r}")
     for f in dataclasses.fields(cls):
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in converted:
             raise RecipeError(f"{path}.{f.name} is required; write it in the recipe or as --{f.name} VALUE")
     try:
         return cls(**converted)
     except ValueError as error:
-        raise RecipeError(f"{path}: {error}") from None
+        begins_with_key = str(error).split(" ")[0] in known
+        raise RecipeError(f"{path}{'.' if begins_with_key else ': '}{error}") from None
+
+
+def _allows(hint: Any, kind: type) -> bool:
+    return hint in (kind, Any) or any(_allows(option, kind) for option in get_args(hint))
 
 
 def _expected(hint: Any) -> str:
@@ -322,7 +383,7 @@ def _expected(hint: Any) -> str:
     if getattr(hint, "__origin__", None) is list or hint in (list, list[str]):
         return "a list"
     if getattr(hint, "__origin__", None) is dict:
-        return "a mapping of names to names"
+        return "a mapping of names to names, e.g. {prompt: question} with a space after the colon"
     return " or ".join(_expected(option) for option in options) if options else str(hint)
 
 
@@ -338,6 +399,8 @@ def _objectives(values: Any, commanded: set[str], idle: list[str]) -> tuple[Obje
             entry = {"name": entry}
         if not isinstance(entry, Mapping) or "name" not in entry:
             raise RecipeError(f"{path} must be a mapping with a name, e.g. {{name: dpo, beta: 0.1}}, got {entry!r}")
+        if not isinstance(entry["name"], str):
+            raise RecipeError(f"{path}.name must be text, got {entry['name']!r}")
         try:
             cls = OBJECTIVES[entry["name"]]
         except ValueError as error:
@@ -349,8 +412,8 @@ def _objectives(values: Any, commanded: set[str], idle: list[str]) -> tuple[Obje
         objective = _section(cls, keys, path)
         try:
             weight = TypeAdapter(float).validate_python(entry.get("weight", 1.0))
-            require("weight", weight, weight > 0, "> 0")
-        except (ValidationError, ValueError):
-            raise RecipeError(f"{path}.weight must be a number > 0, got {entry['weight']!r}") from None
+            require("weight", weight, 0 < weight < math.inf, "> 0 and finite")
+        except ValueError:  # pydantic's is one
+            raise RecipeError(f"{path}.weight must be a finite number > 0, got {entry['weight']!r}") from None
         built.append(ObjectiveEntry(name=entry["name"], weight=weight, objective=objective))
     return tuple(built)

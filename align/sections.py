@@ -121,8 +121,10 @@ class DataSection:
             require("max_length", self.max_length, self.max_length >= 2, ">= 2")
         if self.max_rows is not None:
             require("max_rows", self.max_rows, self.max_rows >= 1, ">= 1")
-        if (self.dataset_name is None) == (self.datasets is None):
-            raise ValueError("give data.dataset_name or data.datasets, one of the two")
+        if self.datasets == []:
+            raise ValueError("datasets is empty; name at least one")
+        if (not self.dataset_name) == (self.datasets is None):
+            raise ValueError("give dataset_name or datasets, one of the two")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +210,7 @@ class TrainSection:
             require(key, getattr(self, key), getattr(self, key) >= 1, ">= 1")
         for key in ("adam_beta1", "adam_beta2"):
             require(key, getattr(self, key), 0 <= getattr(self, key) < 1, "in [0, 1)")
+        require("seed", self.seed, 0 <= self.seed < 2**32, "in [0, 2³²)")
         require("max_steps", self.max_steps, self.max_steps == -1 or self.max_steps >= 1, "-1 or >= 1")
         if self.eval_steps is not None:
             require("eval_steps", self.eval_steps, self.eval_steps >= 1, ">= 1")

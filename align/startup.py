@@ -71,13 +71,13 @@ class Startup:
             RunError: a check failed.
         """
         if self.key is not None:
-            with checks.undisturbed(trainer.model_wrapped):
+            with checks.undisturbed(trainer.wrapped):
                 self._reference(trainer)
         batch = checks.first_batch(trainer.batches)
         self.checks.append(checks.check_prompt_is_not_trained(batch, trainer.batches.table))
         if not trainer.resumed:
             if self.starts_as_reference:
-                with checks.undisturbed(trainer.model_wrapped):
+                with checks.undisturbed(trainer.wrapped):
                     self.checks += checks.check_step0(trainer, batch, self.dtype)
             self.checks.append(checks.check_longest(trainer))
         for check in self.checks:
@@ -125,7 +125,7 @@ class Startup:
         if self.frozen is not None:
             return frozen_scorer(self.frozen(), trainer)
         if self.recipe.reference.model == "base":
-            model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+            model = trainer.unwrapped
 
             def without_adapter(batch: PackedBatch) -> Tensor:
                 with adapter_off(model):
@@ -162,9 +162,9 @@ def adapter_off_scorer(trainer: ObjectiveTrainer) -> Scorer:
     """Log-probs under the policy without its adapter, in the middle of training."""
 
     def score(batch: PackedBatch) -> Tensor:
-        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        model = trainer.unwrapped
         with adapter_off(model), trainer.scoring():
-            return trainer.model_wrapped(packed=batch.to(trainer.args.device))["logps"]
+            return trainer.wrapped(packed=batch.to(trainer.args.device))["logps"]
 
     return score
 

@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _config(words: list[str]) -> tuple[str | None, list[str]]:
     """Takes ``--config FILE`` out of the command line."""
+    if sum(word == "--config" or word.startswith("--config=") for word in words) > 1:
+        raise RecipeError("--config is given twice; write one recipe, and what differs as --key value")
     for i, word in enumerate(words):
         if word == "--config":
             if i + 1 == len(words):

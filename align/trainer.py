@@ -97,6 +97,25 @@ class ObjectiveTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # counts are of the whole step, so nothing is left to divide by
         self.router_coef = router_weight(causal_lm(model).config.get_text_config())
 
+    @property
+    def wrapped(self) -> nn.Module:
+        """The model as the engine has it: what must be called, so that gradients and shards are looked after."""
+        assert isinstance(self.model_wrapped, nn.Module)
+        return self.model_wrapped
+
+    @property
+    def unwrapped(self) -> nn.Module:
+        """The model itself, with its adapter if it has one."""
+        model = self.accelerator.unwrap_model(self.wrapped)
+        assert isinstance(model, nn.Module)
+        return model
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run writes."""
+        assert self.args.output_dir is not None
+        return Path(self.args.output_dir)
+
     # ---- batches ----
 
     def get_train_dataloader(self) -> DataLoader[PackedBatch]:
@@ -119,7 +138,7 @@ class ObjectiveTrainer(Trainer):
 
     @property
     def _forward_parameters(self) -> int:
-        inner = causal_lm(self.accelerator.unwrap_model(self.model))
+        inner = causal_lm(self.unwrapped)
         return sum(p.numel() for name, p in inner.named_parameters() if "embed" not in name and "wte" not in name)
 
     # ---- loss ----
@@ -180,7 +199,7 @@ class ObjectiveTrainer(Trainer):
     def name_bad_rows(self, batch: PackedBatch, loss: float) -> str:
         """What to say of a loss that is not a number: which rows it comes from."""
         with torch.no_grad(), self.compute_loss_context_manager():
-            flat = self.model_wrapped(packed=batch)["logps"]
+            flat = self.wrapped(packed=batch)["logps"]
         finite = torch.stack([dense(flat, batch, name).isfinite().all(-1) for name in batch.legs]).all(0)
         rows = batch.rows[~finite] if not bool(finite.all()) else batch.rows
         names = "; ".join(self.row_name(int(row)) for row in rows[:5]) or "a batch without rows"
@@ -226,7 +245,7 @@ class ObjectiveTrainer(Trainer):
     @contextlib.contextmanager
     def scoring(self) -> Iterator[None]:
         """Eval mode without gradients, in the run's precision; what was before is restored."""
-        model = self.model_wrapped
+        model = self.wrapped
         was_training = model.training
         model.eval()
         try:
@@ -238,7 +257,7 @@ class ObjectiveTrainer(Trainer):
     def score(self, batch: PackedBatch) -> Tensor:
         """Log-probs of a batch under the policy, without gradient."""
         with self.scoring():
-            return self.model_wrapped(packed=batch.to(self.args.device))["logps"]
+            return self.wrapped(packed=batch.to(self.args.device))["logps"]
 
     def evaluate(  # type: ignore[override]
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -249,7 +268,7 @@ class ObjectiveTrainer(Trainer):
         with self.scoring():
             for number in range(len(self.eval_batches)):
                 batch = self.eval_batches[number].to(self.args.device)
-                output, legs, _ = self.compute_output(self.model_wrapped, batch)
+                output, legs, _ = self.compute_output(self.wrapped, batch)
                 meter.add(output, legs.counts())
                 meter.add_mean("loss", output.loss(batch.counts) * len(self.eval_batches) * self.args.world_size, 1.0)
                 sums.append(_row_sums(batch, legs))
@@ -306,7 +325,7 @@ class ObjectiveTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes beside the run, then renames: a crash leaves the former checkpoints and no half one."""
-        run_dir = Path(self.args.output_dir)
+        run_dir = self.run_dir
         name = f"checkpoint-{self.state.global_step}"
         meter = self.meter.state_dict(self.sum_over_ranks)
         self._saving = True
@@ -324,7 +343,7 @@ class ObjectiveTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            run_dir = Path(self.args.output_dir)
+            run_dir = self.run_dir
             partial = run_dir / PARTIAL / name
             (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle of settings the recipe holds anyway
             (partial / STATE).write_text(json.dumps(self._state_to_json() | {"meter": meter}))
@@ -367,6 +386,11 @@ class _Bookkeeping(TrainerCallback):
         """Chooses the epoch's plan. ``state.epoch`` is a fraction; a resumed epoch begins in its middle."""
         trainer = self.trainer
         trainer.batches.set_epoch(state.global_step // trainer.batches.plan.steps_per_epoch)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Logs the last step, whatever ``logging_steps`` is: a short run has numbers too."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.finish_step()

@@ -121,7 +121,7 @@ class Progress(ProgressCallback):
         numbers = "  ".join(f"{key} {value}" for key, value in shown.items())
         print(f"step {state.global_step}/{state.max_steps}  {numbers}  left {left}", flush=True)
 
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_prediction_step(self, *arguments: Any, **kwargs: Any) -> None:
         """Evaluation has no bar of its own."""
 
 

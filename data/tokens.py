@@ -217,7 +217,7 @@ def _terminate(tokens: list[int], chat: bool, tokenizer: PreTrainedTokenizerBase
     if chat and eos in tokens:
         # Templates often write a newline after the end token; it would be trained on and never generated.
         last = len(tokens) - 1 - tokens[::-1].index(eos)
-        if not tokenizer.decode(tokens[last + 1 :]).strip():
+        if not str(tokenizer.decode(tokens[last + 1 :])).strip():
             end = last + 1
     while end >= 2 and tokens[end - 1] == eos and tokens[end - 2] == eos:
         end -= 1

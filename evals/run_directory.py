@@ -11,12 +11,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from data.chat import template_fingerprint
-
 from align import checks
 from align.build import Run
 from align.errors import RecipeError, RunError
 from align.recipe import Recipe
+from data.chat import template_fingerprint
 from evals import hub
 from evals.card import CardInfo, write_card
 from evals.held_out import HeldOut

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats as scipy_stats
+from scipy.special import stdtrit  # pyright: ignore[reportMissingTypeStubs]
 
 Z95 = 1.959963984540054
 """97.5 % quantile of the normal distribution."""
@@ -88,7 +88,7 @@ def mean_with_interval(values: Sequence[float], clusters: Sequence[Hashable]) ->
     if groups == n and np.isin(items, (0.0, 1.0)).all():
         low, high = wilson(float(items.sum()), n)
         return Estimate(value=value, stderr=stderr, low=low, high=high, n=n, clusters=groups, interval="wilson")
-    half = float(scipy_stats.t.ppf(0.975, groups - 1)) * stderr if groups > 1 else math.nan
+    half = float(stdtrit(groups - 1, 0.975)) * stderr if groups > 1 else math.nan
     return Estimate(
         value=value, stderr=stderr, low=value - half, high=value + half, n=n, clusters=groups, interval="clustered-t"
     )

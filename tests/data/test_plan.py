@@ -171,6 +171,12 @@ def test_bins_by_hand():
     assert BUCKET.bins_under(lengths, 12) == [3, 4, 5, 6]
 
 
+def test_a_bin_may_be_filled_to_the_last_position():
+    for layout, lengths in ((PACK, [4, 8]), (BUCKET, [5, 6])):
+        assert layout.bins_under(np.array(lengths), 12) == [2]
+        assert layout.bins_under(np.array(lengths), 11) == [1, 2]
+
+
 def test_bins_are_levelled_below_the_budget():
     """Two bins are needed anyway, so the four rows are halved; filling the first would leave 30 beside 10."""
     plan = a_plan([10] * 4, rows_per_step=4, token_budget=30)
@@ -194,6 +200,15 @@ def test_a_row_beyond_the_budget_is_refused_with_what_to_do():
         "least 70 or lower data.max_length"
     )
     assert a_plan([10, 70, 20], token_budget=70).microbatches >= 1
+
+
+@both_layouts
+def test_the_costliest_bin_may_come_in_any_epoch(layout):
+    """Rows that make an expensive bin together need not meet in the first epoch."""
+    plan = a_plan(realistic(60), rows_per_step=6, token_budget=20_000, epochs=6, layout=layout)
+    worst = [max(positions(plan, rows) for rows in flat(plan.epoch(number))) for number in range(plan.epochs)]
+    assert worst[0] < max(worst), "else this would show nothing"
+    assert positions(plan, plan.costliest()) == max(worst)
 
 
 @given(plans())

@@ -179,6 +179,14 @@ def test_the_key_sees_the_tokenizer(tmp_path, tokenized, other):
     assert tokenizer_fingerprint(other) != tokenizer_fingerprint(byte_level())
 
 
+def test_the_key_sees_the_evaluation_set(tmp_path, tokenized):
+    path, held = write(tmp_path / "a.jsonl"), write(tmp_path / "held.jsonl", PAIRS[:3])
+    spec = a_spec(path, eval=Source(dataset_name=str(held)))
+    prepare(spec, byte_level())
+    write(held, PAIRS[:4])
+    assert prepare(spec, byte_level()).report["rows"]["eval"] == 4
+
+
 def test_the_key_sees_the_format_of_what_is_stored(tmp_path, tokenized, monkeypatch):
     path = write(tmp_path / "a.jsonl")
     prepare(a_spec(path), byte_level())

@@ -114,6 +114,8 @@ def test_a_legs_fingerprint_sees_the_prompts_and_that_leg():
     assert TokenTable.of(ROWS, ("chosen",)).leg_fingerprint("chosen") == same
     for changed in (token_row(chosen=(3, 5)), token_row((1, 3)), token_row((1, 2, 3), (4,))):
         assert chosen_of([changed, *ROWS[1:]]) != same
+    one, other = ([token_row(p), token_row(q)] for p, q in (((1, 2), (3,)), ((1,), (2, 3))))
+    assert chosen_of(one) != chosen_of(other), "the same prompt tokens, divided otherwise"
 
 
 @pytest.mark.parametrize(
