@@ -104,6 +104,9 @@ def check_names(recipe: Recipe) -> None:
     train = recipe.train
     _known("optim", "optimizer", train.optim, [name.value for name in OptimizerNames])
     _known("lr_scheduler_type", "schedule", train.lr_scheduler_type, [name.value for name in SchedulerType])
+    evaluates = recipe.data.eval_dataset_name is not None or recipe.data.eval_share > 0
+    if train.lr_scheduler_type == "reduce_lr_on_plateau" and not (evaluates and train.eval_strategy != "no"):
+        raise RecipeError("train.lr_scheduler_type reduce_lr_on_plateau needs evaluations; set train.eval_strategy")
     try:
         get_scheduler(train.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), 0, 1)
     except (ValueError, TypeError) as error:
@@ -172,9 +175,12 @@ def training_arguments(recipe: Recipe, microbatches: int, *, evaluate: bool) -> 
             # The default logs the running mean in place of a NaN loss, which hides a diverged run.
             logging_nan_inf_filter=False,
         )
-        Trainer.get_optimizer_cls_and_kwargs(arguments)  # imports its package
     except (ValueError, ImportError) as error:
-        raise RecipeError(f"train: {_one_line(error)}; change train.optim or what it needs") from None
+        raise RecipeError(f"train: {_one_line(error)}; change that key") from None
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments)  # imports the optimizer's package
+    except (ValueError, ImportError) as error:
+        raise RecipeError(f"train.optim {train.optim}: {_one_line(error)}; or use adamw_torch") from None
     return arguments
 
 

@@ -24,8 +24,6 @@ _IDLE = (
      lambda v: _get(v, "train", "eval_strategy") != "steps"),
     ("train.save_steps", "train.save_strategy is not steps", ("train.save_strategy",),
      lambda v: _get(v, "train", "save_strategy", "steps") != "steps"),
-    ("train.save_total_limit", "train.save_strategy no saves none", ("train.save_strategy",),
-     lambda v: _get(v, "train", "save_strategy") in ("no", False)),
     ("train.warmup_steps", "this train.lr_scheduler_type does not warm up (constant_with_warmup and linear do)",
      ("train.lr_scheduler_type",),
      lambda v: _get(v, "train", "lr_scheduler_type") in ("constant", "reduce_lr_on_plateau")

@@ -81,6 +81,8 @@ def _require_whole_files(name: str, key: str) -> None:
         absent = sorted(shard for shard in shards if not (folder / shard).is_file())
         if absent:
             raise RunError(f"{key}: {folder / absent[0]} is missing; copy or download the model again")
+    if folder.is_dir() and not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
+        raise RunError(f"{key}: the folder {name!r} holds no weights (no *.safetensors); copy or download it again")
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt"):
@@ -405,4 +407,4 @@ def _require_folder(name: str, key: str) -> None:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".: ")
+    return text.splitlines()[0].rstrip(".: ").removesuffix(" from one of")

@@ -133,8 +133,6 @@ class Recipe:
             del sections["train"]["eval_steps"]
         if sections["train"]["save_strategy"] != "steps":
             del sections["train"]["save_steps"]
-        if sections["train"]["save_strategy"] == "no":
-            del sections["train"]["save_total_limit"]
         held_out = self.data.eval_dataset_name is not None or self.data.eval_share > 0
         if sections["train"]["eval_strategy"] != "no" and not held_out:
             del sections["train"]["eval_strategy"]

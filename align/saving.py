@@ -82,7 +82,7 @@ def _another(folder: Path) -> str:
     others = [path for path in checkpoints(folder.parent) if path.name != folder.name]
     if not others:
         return "start a new output_dir"
-    return f"resume from {others[-1]} with --resume_from_checkpoint"
+    return f"go on from an earlier one with --resume_from_checkpoint {others[-1]}"
 
 
 def _hash(path: Path) -> str:
@@ -212,9 +212,12 @@ def _size(count: int) -> str:
 
 
 @contextlib.contextmanager
-def explained(folder: Path) -> Iterator[None]:
+def explained(folder: Path, way_out: str = "go on with --resume_from_checkpoint last") -> Iterator[None]:
     """Makes one sentence of what comes of a disk that can't be written to; other errors pass.
 
+    Args:
+        folder: what is written to.
+        way_out: what to do when the disk is in order again.
     Raises:
         RunError: ``folder`` is full or broken.
     """
@@ -224,28 +227,21 @@ def explained(folder: Path) -> Iterator[None]:
         fault = _disk_fault(error, folder)
         if fault is None:
             raise
-        raise fault from error
+        raise RunError(f"{fault}, and {way_out}") from error
 
 
-def _disk_fault(error: Exception, folder: Path) -> RunError | None:
+def _disk_fault(error: Exception, folder: Path) -> str | None:
     if isinstance(error, (ConnectionError, TimeoutError)):
         return None
     number = getattr(error, "errno", None)
     # torch and numpy tell neither number nor reason when a file stays shorter than what they wrote.
     cut_short = re.search(r"PytorchStreamWriter|inline_container|\d+ requested and \d+ written", str(error))
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or (cut_short and number is None):
-        return RunError(f"no space left in {folder}; free some and go on with --resume_from_checkpoint last")
+        return f"no space left in {folder}; free some"
     if isinstance(error, (OSError, SafetensorError)):
-        reason = getattr(error, "strerror", None) or _one_line(error)
-        return RunError(
-            f"could not write {getattr(error, 'filename', None) or folder} ({reason}); mend that and go on with "
-            "--resume_from_checkpoint last"
-        )
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()).rstrip(".")
+        return f"could not write {getattr(error, 'filename', None) or folder} ({reason}); make room for it"
     return None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def publish(partial: Path, final: Path) -> None:

@@ -118,7 +118,7 @@ class Startup:
                 self.say(f"reference: {done} of {total} rows, {done / (now - started):.1f} rows/s")
 
         scoring = PlannedBatches(split.table, plan_for_scoring(split.plan), rank=split.rank, share=split.share)
-        with explained(cache_dir()):
+        with explained(cache_dir(), "start again; what was computed is kept"):
             fill_cache(legs, scoring, scorer, trainer.gather, progress)
 
     def _scorer(self, trainer: ObjectiveTrainer) -> Scorer:

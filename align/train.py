@@ -117,7 +117,7 @@ def run(recipe: Recipe, command: str = "") -> Path:
     tokenizer = models.load_tokenizer(recipe.model)
     models.check_before_loading(recipe, config)
     spec = assemble.data_spec(recipe, models.max_length(recipe.data.max_length, config))
-    with saving.explained(cache_dir()):
+    with saving.explained(cache_dir(), "set ALIGN_CACHE to a folder that can be written to"):
         prepared = prepare(spec, tokenizer)
     assemble.tell_data(prepared.report, say)
     models.check_vocabulary(recipe.model, config, *prepared.tables())

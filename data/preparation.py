@@ -228,10 +228,11 @@ def _refuse_losses(report: Mapping[str, Any], spec: DataSpec) -> None:
     rows, reasons = report["rows"], report["dropped"]
     names = ", ".join(source.dataset_name for source in spec.train)
     why = ", ".join(f"{count} × {reason}" for reason, count in list(reasons.items())[:4])
+    why, way_out = why or "the dataset is empty", f"mend the data, or raise data.max_length ({spec.policy.max_length})"
     if rows["train"] == 0:
-        raise DataError(f"{names}: no row can be trained on ({why or 'the dataset is empty'})")
+        raise DataError(f"{names}: no row can be trained on ({why}); {way_out}")
     if spec.eval is not None and rows["eval"] == 0:
-        raise DataError(f"{spec.eval.dataset_name}: no row can be evaluated on ({why or 'the dataset is empty'})")
+        raise DataError(f"{spec.eval.dataset_name}: no row can be evaluated on ({why}); {way_out}")
     share = 1 - rows["kept"] / rows["read"]
     if share > spec.max_dropped_share:
         raise DataError(

@@ -81,7 +81,7 @@ def load_rows(source: Source, *, limit: int | None = None) -> LoadedRows:
     raws = islice(read(source.dataset_name, split=source.split, config=source.config), limit)
     head = list(islice(raws, HEAD))
     if not head:
-        raise DataError(f"{source.dataset_name}: the dataset has no rows in split {source.split!r}")
+        raise DataError(f"{source.dataset_name}: the dataset has no rows in split {source.split!r}; name one that has")
     _check_columns(source, head)
     form = recognise([_renamed(raw, source.columns) for raw in head], where=source.dataset_name, name=source.format)
     rows: list[Row] = []
@@ -92,7 +92,7 @@ def load_rows(source: Source, *, limit: int | None = None) -> LoadedRows:
     if not rows:
         raise DataError(
             f"{source.dataset_name}: none of {len(problems)} rows can be used as {form.name} ({form.expects}); "
-            f"row {problems[0].index}: {problems[0].reason}"
+            f"row {problems[0].index}: {problems[0].reason}; mend the rows, or say what they hold with data.columns"
         )
     return LoadedRows(source=source.dataset_name, format=form.name, rows=rows, problems=problems)
 

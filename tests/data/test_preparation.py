@@ -360,7 +360,8 @@ def test_losing_more_than_agreed_is_refused(tmp_path):
 def test_nothing_to_train_on_is_refused(tmp_path):
     spec = a_spec(write(tmp_path / "a.jsonl"), policy=TokenPolicy(max_length=3), max_dropped_share=1.0)
     assert refused(spec) == (
-        f"{tmp_path / 'a.jsonl'}: no row can be trained on (20 × the prompt leaves fewer than 16 response tokens)"
+        f"{tmp_path / 'a.jsonl'}: no row can be trained on (20 × the prompt leaves fewer than 16 response tokens); "
+        "mend the data, or raise data.max_length (3)"
     )
 
 
