@@ -31,7 +31,7 @@ def is_text(value: Any) -> bool:
 def text_in(value: Any, column: str) -> Text:
     """A string as it is, or messages reduced to what chat templates read."""
     if isinstance(value, str):
-        return value
+        return _encodable(value, column)
     if value is None:
         raise RowError(f"no {column}")
     if isinstance(value, Mapping) and "role" in value:
@@ -54,7 +54,18 @@ def _message(message: Any, column: str) -> Message:
         raise RowError(f"a message of {column} has no content")
     if not isinstance(kept.get("content", ""), str):
         raise RowError(f"a message of {column} has content that is not text")
+    _encodable(kept.get("content", ""), column)
     return kept
+
+
+def _encodable(text: str, column: str) -> str:
+    """Half of a surrogate pair, which JSON can spell, is no character: no tokenizer and no file could take it."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RowError(f"{column} holds half of a character (a lone surrogate)") from None
+    return text
 
 
 def _without_none(value: Any) -> Any:

@@ -132,6 +132,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
+        temporary.chmod(0o755)  # mkdtemp's are private, and a cache may be shared
         fill(temporary)
         if folder.exists():
             shutil.rmtree(folder)

@@ -391,3 +391,15 @@ def test_all_scored_prompts_are_recognised(shared):
     for row in loaded.rows:
         assert row.scores["chosen"] == row.scores["gold"] > row.scores["rejected"]
         assert row.responses["gold"] == row.responses["chosen"]
+
+
+def test_half_a_character_is_a_problem_of_its_row(tmp_path: Path):
+    """JSON can spell a lone surrogate; no tokenizer can take it."""
+    path = tmp_path / "rows.jsonl"
+    good = '{"prompt": "a", "chosen": " b", "rejected": " c"}\n'
+    path.write_text(good + '{"prompt": "a", "chosen": " b\\ud83d", "rejected": " c"}\n')
+    loaded = load_rows(Source(dataset_name=str(path)))
+    assert len(loaded.rows) == 1
+    assert [(p.index, p.reason) for p in loaded.problems] == [
+        (1, "chosen holds half of a character (a lone surrogate)")
+    ]
