@@ -129,7 +129,7 @@ def run(recipe: Recipe, command: str = "") -> Path:
         saving.require_space(output_dir, assemble.bytes_needed(recipe), "the weights with their checkpoints")
 
     # From here on it costs something.
-    held_out = HeldOut(prepared.eval, dataset=run_directory.dataset_names(recipe)) if prepared.eval else None
+    held_out = HeldOut(prepared.eval, *run_directory.eval_name(recipe)) if prepared.eval else None
     ready = build(recipe, config, tokenizer, prepared, held_out, say)
     trainer = ready.trainer
     with saving.explained(output_dir):

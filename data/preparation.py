@@ -79,12 +79,22 @@ def read_sources(spec: DataSpec) -> tuple[list[Row], list[Row], list[LoadedRows]
         DataError: see ``load_rows``; also when no row can be used.
     """
     loaded = [load_rows(source, limit=spec.max_rows) for source in spec.train]
-    rows = mix(list(zip(loaded, [source.weight for source in spec.train], strict=True)), spec.seed)
+    everything = [row for each in loaded for row in each.rows]
     if spec.eval is not None:
-        held_out = load_rows(spec.eval, limit=spec.max_rows)
-        return rows, list(held_out.rows), [*loaded, held_out]
-    train, held = hold_out(rows, spec.eval_share, spec.seed)
-    return train, held, loaded
+        from_eval = load_rows(spec.eval, limit=spec.max_rows)
+        held, all_loaded = list(from_eval.rows), [*loaded, from_eval]
+        train_parts = loaded
+    else:
+        # Before mixing: a weight says how often a row is trained on, not how often it is evaluated.
+        _, held = hold_out(everything, spec.eval_share, spec.seed)
+        prompts = {digest(row.prompt) for row in held}
+        train_parts = [
+            dataclasses.replace(each, rows=[row for row in each.rows if digest(row.prompt) not in prompts])
+            for each in loaded
+        ]
+        all_loaded = loaded
+    weights = [source.weight for source in spec.train]
+    return mix(list(zip(train_parts, weights, strict=True)), spec.seed), held, all_loaded
 
 
 def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -180,7 +190,7 @@ def _prepare_into(
         (folder / name / "where.json").write_text(json.dumps([[row.source, row.index] for row in token_rows]))
     report = {
         "rows": {
-            "read": len(train) + len(held) + sum(len(each.problems) for each in loaded),
+            "read": sum(len(each.rows) + len(each.problems) for each in loaded),
             "kept": kept["train"] + kept["eval"],
             **kept,
         },
@@ -233,7 +243,8 @@ def _refuse_losses(report: Mapping[str, Any], spec: DataSpec) -> None:
         raise DataError(f"{names}: no row can be trained on ({why}); {way_out}")
     if spec.eval is not None and rows["eval"] == 0:
         raise DataError(f"{spec.eval.dataset_name}: no row can be evaluated on ({why}); {way_out}")
-    share = 1 - rows["kept"] / rows["read"]
+    lost = sum(reasons.values())
+    share = lost / (rows["kept"] + lost)
     if share > spec.max_dropped_share:
         raise DataError(
             f"{names}: {share:.0%} of {rows['read']} rows can't be used ({why}); mend the data, raise data.max_length, "

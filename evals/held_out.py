@@ -16,14 +16,15 @@ class HeldOut:
 
     Args:
         split: the held-out rows; gives each row's prompt, by which intervals are clustered.
-        dataset: what to call them.
+        dataset: where they come from.
+        name: the split, as results have it.
         keep: told all results after every evaluation, so that a run that is killed has those it made.
     """
 
     def __init__(
-        self, split: Split, dataset: str, keep: Callable[[Sequence[Result]], None] = lambda results: None
+        self, split: Split, dataset: str, name: str, keep: Callable[[Sequence[Result]], None] = lambda results: None
     ) -> None:
-        self.split, self.dataset, self.keep = split, dataset, keep
+        self.split, self.dataset, self.name, self.keep = split, dataset, name, keep
         self.results: list[Result] = []
         self.last_step = -1
 
@@ -51,7 +52,7 @@ class HeldOut:
                 ref_rejected=by_row.get("ref_rejected"),
             )
         )
-        found = ranking.results(dataset=self.dataset, split="held out", step=step)
+        found = ranking.results(dataset=self.dataset, split=self.name, step=step)
         self.results = [result for result in self.results if result.step != step] + found
         self.keep(self.results)
         return as_metrics(found)

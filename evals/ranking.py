@@ -17,10 +17,10 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from scipy import stats as scipy_stats
+from scipy.special import stdtrit
 
 from evals.results import Result
-from objectives.stats import Estimate, beats, clustered_stderr, mean_with_interval, wilson
+from objectives.stats import Estimate, beats, clustered_stderr, mean_with_interval, resolution, wilson
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ def rank(pairs: Pairs) -> Ranking:
         shares |= {
             "ranking/reference": reference,
             "ranking/reference_per_token": beats(ref_chosen / tokens_chosen, ref_rejected / tokens_rejected),
-            "rewards/accuracies": beats(up_chosen, up_rejected),
+            "rewards/accuracies": beats(up_chosen, up_rejected, resolution=resolution(chosen, rejected)),
             "displacement/chosen_fell": (up_chosen < 0).astype(np.float64),
             "displacement/both_fell": ((up_chosen < 0) & (up_rejected < 0)).astype(np.float64),
             **flow(reference, policy),
@@ -217,11 +217,14 @@ def _share(values: np.ndarray, prompts: Sequence[Hashable]) -> Estimate:
 def _mean(values: np.ndarray, prompts: Sequence[Hashable]) -> Estimate:
     """Mean with a clustered t interval, for quantities that are not shares.
 
-    Not ``mean_with_interval``: at step 0 every displacement is exactly 0, which it would take for a proportion.
+    Not ``mean_with_interval``: at step 0 every displacement is exactly 0, which it would take for a proportion. There the
+    model has not moved, and the interval is [0, 0].
     """
     clusters = len(set(prompts))
     value, stderr = float(values.mean()), clustered_stderr(values.tolist(), prompts)
-    half = float(scipy_stats.t.ppf(0.975, clusters - 1)) * stderr if clusters > 1 else float("nan")
+    half = float(stdtrit(clusters - 1, 0.975)) * stderr if clusters > 1 else float("nan")
+    if stderr == 0 and value != 0:  # all alike: the spread is unknown, not zero
+        half = stderr = float("nan")
     return Estimate(
         value=value,
         stderr=stderr,

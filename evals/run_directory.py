@@ -20,6 +20,7 @@ from evals import hub
 from evals.card import CardInfo, write_card
 from evals.held_out import HeldOut
 from evals.report import write_report
+from evals.redact import shown_name
 from evals.results import Result, Results
 from objectives import OBJECTIVES
 from objectives.registry import formula, source
@@ -45,10 +46,17 @@ def check_hub(recipe: Recipe) -> None:
 
 
 def dataset_names(recipe: Recipe) -> str:
-    """The training datasets' names, as they were written."""
+    """The training datasets' names; one by itself as it was written, several by what cards show of each."""
     if recipe.data.datasets is not None:
-        return " + ".join(entry.dataset_name for entry in recipe.data.datasets)
+        return " + ".join(shown_name(entry.dataset_name) for entry in recipe.data.datasets)
     return str(recipe.data.dataset_name)
+
+
+def eval_name(recipe: Recipe) -> tuple[str, str]:
+    """What held-out rows are called: the dataset they come from, and the split."""
+    if recipe.data.eval_dataset_name is not None:
+        return recipe.data.eval_dataset_name, recipe.data.eval_split or "test"
+    return dataset_names(recipe), "held out"
 
 
 def begin(run: Run, output_dir: Path, checkpoint: Path | None, held_out: HeldOut | None, say: Say) -> None:
@@ -69,6 +77,8 @@ def begin(run: Run, output_dir: Path, checkpoint: Path | None, held_out: HeldOut
     if held_out is not None and (output_dir / "results.json").is_file():
         earlier = Results.read(output_dir / "results.json").results
         held_out.results = [result for result in earlier if result.step <= step]
+    if held_out is not None:
+        held_out.last_step = int(max((line["step"] for line in lines if "eval/loss" in line), default=-1))
     resumes = _read(output_dir / RESUMES, [])
     _write(output_dir / RESUMES, [*resumes, f"resumed from step {step}"])
     say(f"resuming from {checkpoint.name}")

@@ -67,7 +67,7 @@ class RunFiles:
     @property
     def datasets(self) -> list[str]:
         """Names of the training datasets, as the recipe has them: one name, a list, or a list of mappings."""
-        section = self.get("data.dataset_name") or ()
+        section = self.get("data.datasets") or self.get("data.dataset_name") or ()
         entries = [section] if isinstance(section, (Mapping, str)) else section
         return [
             str(entry.get("dataset_name") or entry.get("name") or "") if isinstance(entry, Mapping) else str(entry)

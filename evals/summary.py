@@ -135,7 +135,10 @@ def _number_notes(run: RunFiles) -> list[Note]:
             )
         )
     down, fell = run.result("displacement/chosen"), run.result("displacement/chosen_fell")
-    if down is not None and down.high is not None and down.high < 0:
+    whole = run.series("eval/logps/chosen")[1]
+    # As much as the alarm during training asks for: a change that is certain can still be too small to matter.
+    large = down is not None and (not whole or -down.value > 0.01 * abs(whole[-1]))
+    if down is not None and down.high is not None and down.high < 0 and large:
         share = f", in {show_share(fell.value)} of pairs" if fell is not None else ""
         found.append(
             Note(

@@ -49,5 +49,5 @@ class DPO:
         losses = -(1 - self.label_smoothing) * logsigmoid(margin) - self.label_smoothing * logsigmoid(-margin)
         return Output(
             terms={"preference": Term(total=losses.sum(), per="row")},
-            metrics=preference_metrics(batch, chosen, rejected),
+            metrics=preference_metrics(batch, chosen, rejected, self.beta),
         )

@@ -94,9 +94,34 @@ def mean_with_interval(values: Sequence[float], clusters: Sequence[Hashable]) ->
     )
 
 
-def beats(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """1 where first > second, one half where equal, 0 elsewhere: the way ties are counted everywhere here."""
-    return np.where(first > second, 1.0, np.where(first == second, 0.5, 0.0))
+FLOAT32_SUM = 1e-6
+"""Relative error of a float32 sum of log-probs that is computed twice, in batches of other shapes."""
+
+
+def resolution(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
+    """How small a difference of log-ratios is rounding, in nats.
+
+    Where policy and reference are the same model, margins are not zero but noise, because the two were computed in
+    batches of other shapes; counted as wins and losses they would hide that nothing has happened.
+
+    Args:
+        chosen: summed log-probs of the chosen responses, nats.
+        rejected: of the rejected ones.
+    """
+    return FLOAT32_SUM * (np.abs(chosen) + np.abs(rejected))
+
+
+def beats(first: np.ndarray, second: np.ndarray, resolution: np.ndarray | float = 0.0) -> np.ndarray:
+    """1 where first > second, one half where equal, 0 elsewhere: the way ties are counted everywhere here.
+
+    Args:
+        first: any numbers.
+        second: of the same shape.
+        resolution: differences up to this are ties.
+    """
+    with np.errstate(invalid="ignore"):  # −inf − −inf
+        tie = (first == second) | (np.abs(first - second) <= resolution)
+    return np.where(tie, 0.5, np.where(first > second, 1.0, 0.0))
 
 
 def _codes(clusters: Sequence[Hashable]) -> np.ndarray:

@@ -312,16 +312,19 @@ def test_held_out_prompts_are_not_in_training(tmp_path):
 
 
 def test_several_datasets_are_mixed_by_weight(tmp_path):
-    """All of one, half of another, two copies of a third; a prompt's copies stay on one side."""
+    """All of one, half of another, two copies of a third; what is held out is evaluated once, whatever its weight."""
     names = [write(tmp_path / f"{i}.jsonl", PAIRS[4 * i : 4 * i + 4]) for i in range(3)]
     sources = tuple(
         Source(dataset_name=str(name), weight=weight) for name, weight in zip(names, (1, 0.5, 2), strict=True)
     )
-    prepared = prepare(a_spec(train=sources), byte_level())
-    where = Counter(source for split in (prepared.train, prepared.eval) for source, _ in split.where)
-    assert where == {str(names[0]): 4, str(names[1]): 2, str(names[2]): 8}
+    whole = prepare(a_spec(train=sources, eval_share=0.0), byte_level())
+    assert Counter(source for source, _ in whole.train.where) == dict(zip(map(str, names), (4, 2, 8), strict=True))
+    assert whole.report["rows"] == {"read": 12, "kept": 14, "train": 14, "eval": 0}
+    prepared = prepare(a_spec(train=sources, eval_share=0.5), byte_level())
+    assert prepared.eval is not None
+    assert set(Counter(prepared.eval.where).values()) == {1}
     assert not prompts_of(prepared.train) & prompts_of(prepared.eval)
-    assert prepared.report["rows"]["kept"] == prepared.report["rows"]["read"] == 14
+    assert prepared.report["rows"]["read"] == 12
 
 
 def test_max_rows_limits_every_dataset(tmp_path):
