@@ -35,6 +35,7 @@ def data_spec(recipe: Recipe, max_length: int) -> DataSpec:
     if data.eval_dataset_name is not None:
         held_out = Source(
             dataset_name=data.eval_dataset_name,
+            config=data.eval_dataset_config,
             split=data.eval_split or ("train" if Path(data.eval_dataset_name).is_file() else "test"),
             columns=data.columns,
             format=data.format,
@@ -192,6 +193,28 @@ def bytes_needed(recipe: Recipe) -> int:
         weights //= 20
     kept = 0 if recipe.train.save_strategy == "no" else (recipe.train.save_total_limit or 1)
     return weights * (1 + 3 * kept) + 2**20
+
+
+def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run."""
+    train = recipe.train
+    return train.max_steps if train.max_steps > 0 else math.ceil(steps_per_epoch * train.num_train_epochs)
+
+
+def bytes_to_save(recipe: Recipe, total: int, trained: int, steps: int) -> int:
+    """Disk the run will take: weights in float32, in every checkpoint kept two moments with them.
+
+    Args:
+        recipe: the run's.
+        total: parameters of the model.
+        trained: those that are trained; with an adapter only they are saved.
+        steps: optimizer steps of the run.
+    """
+    train, saved = recipe.train, 4 * (trained if recipe.lora is not None else total)
+    every = {"no": 0, "epoch": math.ceil(train.num_train_epochs), "steps": -(-steps // train.save_steps)}
+    kept = min(every[train.save_strategy], train.save_total_limit or every[train.save_strategy])
+    # While a new checkpoint is written, the oldest is still there.
+    return saved + (saved + 8 * trained) * (kept + 1 if kept else 0)
 
 
 def tell_data(report: Mapping[str, Any], say: Say) -> None:

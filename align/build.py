@@ -14,10 +14,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from align import checks
 from align import model as models
-from align.assemble import Say, train_plan, training_arguments, world_size
+from align.assemble import Say, bytes_to_save, total_steps, train_plan, training_arguments, world_size
 from align.forward import causal_lm
 from align.recipe import Recipe
-from align.reference import ReferenceKey, plan_for_scoring
+from align.reference import ReferenceKey
 from align.startup import Startup, adapter_off_scorer, frozen_scorer, load_frozen
 from align.trainer import ObjectiveTrainer, PairSums
 from align.watch import DisplacementAlarm, MetricsFile, Progress, Speed
@@ -41,6 +41,13 @@ class Run:
     alarm: DisplacementAlarm
     fingerprint: str
     """Content hash of the weights the run starts from."""
+
+    def bytes_to_save(self) -> int:
+        """Disk the run will take."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.trainer.wrapped.parameters()]
+        steps = total_steps(self.recipe, self.trainer.batches.plan.steps_per_epoch)
+        total, trained = sum(n for n, _ in sizes), sum(n for n, grad in sizes if grad)
+        return bytes_to_save(self.recipe, total, trained, steps)
 
 
 def build(
@@ -74,6 +81,9 @@ def build(
         f"plan: {plan.steps_per_epoch} steps an epoch of {recipe.train.rows_per_step} rows, in {plan.microbatches} "
         f"microbatches on each of {plan.world} processes"
     )
+    steps, warmup = total_steps(recipe, plan.steps_per_epoch), recipe.train.warmup_steps
+    if warmup >= max(steps, 1):
+        say(f"warning: train.warmup_steps {warmup:g} is as long as the run of {steps} steps")
     rank = args.process_index
     batches = PlannedBatches(prepared.train.table, plan, rank=rank, share=share)
     held_out = None if prepared.eval is None else _eval_batches(prepared, plan, rank=rank, share=share)
@@ -133,7 +143,7 @@ def _eval_batches(prepared: Prepared, plan: Plan, *, rank: int, share: bool) -> 
         seed=plan.seed,
         shuffle=False,
     )
-    return PlannedBatches(table, plan_for_scoring(held_plan), rank=rank, share=share)
+    return PlannedBatches(table, held_plan, rank=rank, share=share)
 
 
 def _startup(

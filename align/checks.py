@@ -104,7 +104,10 @@ def choose_path(model: nn.Module, table: TokenTable, dtype: torch.dtype, device:
                 # Whatever this architecture can't do with our masks, its own forward still can.
                 return False, _fallback(f"{type(error).__name__}: {_short(error)}")
     if not bool(flats[0].isfinite().all()):
-        raise RunError("the model gives log-probs that are not finite before any training; check its weights and dtype")
+        raise RunError(
+            "the model gives log-probs that are not finite before any training; check its weights, model.dtype and, "
+            "with lora.use_dora, that no weight has rows of zeros"
+        )
     difference = (flats[0] - flats[1]).abs()
     worst, mean, allowed = float(difference.max()), float(difference.mean()), TOLERANCES[dtype]
     if not (worst <= allowed.token and mean <= allowed.mean):
@@ -118,8 +121,8 @@ def choose_path(model: nn.Module, table: TokenTable, dtype: torch.dtype, device:
 
 def _fallback(reason: str) -> Check:
     return Check(
-        check="shared prompts equal separate sequences",
-        passed=False,
+        check="responses are computed one by one",
+        passed=True,
         detail=f"not for this model ({reason}); every response takes its own prompt through the model's own forward",
     )
 
@@ -159,13 +162,15 @@ def check_step0(trainer: ObjectiveTrainer, batch: PackedBatch, dtype: torch.dtyp
     if not math.isfinite(loss):
         raise RunError(trainer.name_bad_rows(batch, loss))
     if trainer.mixture.needs.reference:
+        cached = trainer.live_reference is None
         ratios = [_token_difference(legs[name].logps, legs[name].ref_logps, legs[name].mask) for name in legs]
         worst = max(worst for worst, _ in ratios)
         mean = max(mean for _, mean in ratios)
         if not (worst <= allowed.token and mean <= allowed.mean):
+            way_out = "delete the reference cache (ALIGN_CACHE)" if cached else "check model.dtype and the model's code"
             raise RunError(
                 f"policy and reference should be the same model before training, but their log-probs differ by up to "
-                f"{worst:.2g} nats in a token; delete the reference cache (ALIGN_CACHE) or set reference.source live"
+                f"{worst:.2g} nats in a token; {way_out}"
             )
         detail = f"log-probs differ by at most {worst:.1e} nats in a token"
         checks.append(Check(check="policy equals reference before training", passed=True, detail=detail))

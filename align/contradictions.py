@@ -28,13 +28,26 @@ _IDLE = (
      ("train.lr_scheduler_type",),
      lambda v: _get(v, "train", "lr_scheduler_type") in ("constant", "reduce_lr_on_plateau")
      and _number(v, "train", "warmup_steps", 0) > 0),
+    *(
+        (f"train.{key}", "this train.optim is no Adam", ("train.optim",), lambda v: not is_adam(v))
+        for key in ("adam_beta1", "adam_beta2", "adam_epsilon")
+    ),
+    ("train.run_name", "train.report_to names no tracker", ("train.report_to",),
+     lambda v: _get(v, "train", "report_to") in (None, "none", [])),
     ("data.eval_share", "data.eval_dataset_name gives the eval set", ("data.eval_dataset_name",),
      lambda v: _get(v, "data", "eval_dataset_name")),
     ("data.eval_split", "there is no data.eval_dataset_name", ("data.eval_dataset_name",),
      lambda v: not _get(v, "data", "eval_dataset_name")),
+    ("data.eval_dataset_config", "there is no data.eval_dataset_name", ("data.eval_dataset_name",),
+     lambda v: not _get(v, "data", "eval_dataset_name")),
     ("hub.hub_private_repo", "hub.push_to_hub is false", ("hub.push_to_hub",),
      lambda v: _get(v, "hub", "hub_private_repo") is True and not _get(v, "hub", "push_to_hub")),
 )  # fmt: skip
+
+
+def is_adam(values: Mapping[str, Any]) -> bool:
+    """Whether the optimizer reads Adam's β and ε."""
+    return any(name in str(_get(values, "train", "optim", "adamw_torch")) for name in ("adam", "lion", "ademamix"))
 
 
 def _get(values: Mapping[str, Any], section: str, key: str, default: Any = None) -> Any:
@@ -84,6 +97,8 @@ def refuse_contradictions(recipe: Recipe, values: Mapping[str, Any], written: Ma
         )
     if recipe.reference.model == "base" and recipe.lora is None:
         raise RecipeError("reference.model base is the model without its adapter and needs a lora section; use initial")
+    if recipe.reference.model == "base" and recipe.reference.source == "live":
+        raise RecipeError("reference.source live loads a second model, and base needs none; use adapter_off or cached")
     if recipe.lora is not None:
         if recipe.lora.lora_dropout > 0 and not recipe.train.allow_dropout:
             raise RecipeError("lora.lora_dropout has no effect while train.allow_dropout is false; set one of the two")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +23,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter
 
-from align.contradictions import SINGLE_DATASET, refuse_contradictions, refuse_idle, refuse_idle_reference
+from align.contradictions import SINGLE_DATASET, is_adam, refuse_contradictions, refuse_idle, refuse_idle_reference
 from align.errors import RecipeError
 from align.sections import (
     SECTIONS,
@@ -118,6 +119,8 @@ class Recipe:
             for name in ("model", "lora", "data", "reference", "train", "hub")
             if getattr(self, name) is not None
         }
+        # How this run was started, not what it is; run again from its own recipe it must not delete itself.
+        del sections["train"]["resume_from_checkpoint"], sections["train"]["overwrite_output_dir"]
         if not self.mixture.needs.reference:
             del sections["reference"]
         if sections["data"]["datasets"] is not None:
@@ -133,6 +136,9 @@ class Recipe:
             del sections["train"]["eval_steps"]
         if sections["train"]["save_strategy"] != "steps":
             del sections["train"]["save_steps"]
+        if not is_adam(sections):
+            for key in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+                del sections["train"][key]
         held_out = self.data.eval_dataset_name is not None or self.data.eval_share > 0
         if sections["train"]["eval_strategy"] != "no" and not held_out:
             del sections["train"]["eval_strategy"]
@@ -164,11 +170,13 @@ def read_recipe(config: str | Path | None, overrides: Sequence[str] = ()) -> Rec
     merged = OmegaConf.create(tree)
     written = dict.fromkeys(_paths(tree), where)
     commanded: set[str] = set()
-    for key, value in _pairs(overrides):
+    for key, value, flag in _pairs(overrides):
         try:
             parsed = OmegaConf.from_dotlist([f"v={value}"])["v"] if value else None
             whole = key in (*SECTIONS, "objective") and OmegaConf.is_config(parsed)
             path = key if whole else _place(key, merged)
+            if flag and _is_text(path):
+                raise RecipeError(f"--{key} takes a value")
             if _is_text(path) and parsed is not None:
                 parsed = parsed if isinstance(parsed, str) else value  # --run_name 7 and --eos_token [END] are text
             OmegaConf.update(merged, path, parsed, merge=False, force_add=True)
@@ -254,8 +262,8 @@ def _paths(tree: Mapping[str, Any]) -> Iterator[str]:
                 yield from (f"{prefix}.{key}" for key in entry)
 
 
-def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """``--key value`` pairs. A flag without value means true."""
+def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
+    """``--key value`` pairs, and whether the value was left out, which means true."""
     i = 0
     while i < len(arguments):
         word = arguments[i]
@@ -263,13 +271,12 @@ def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
             raise RecipeError(f"expected --key value on the command line, got {word!r}")
         key, equals, value = word[2:].partition("=")
         i += 1
-        if not equals:
-            following = arguments[i] if i < len(arguments) else "--"
-            if following.startswith("--"):
-                value = "true"
-            else:
-                value, i = following, i + 1
-        yield key, value
+        flag = not equals and (i == len(arguments) or arguments[i].startswith("--"))
+        if flag:
+            value = "true"
+        elif not equals:
+            value, i = arguments[i], i + 1
+        yield key, value, flag
 
 
 def _place(key: str, merged: Any) -> str:
@@ -355,6 +362,8 @@ def _section(cls: type, values: Mapping[str, Any], path: str) -> Any:
             converted[key] = TypeAdapter(hints[key]).validate_python(value)
         except ValueError:  # pydantic's is one
             raise RecipeError(f"{path}.{key} must be {_expected(hints[key])}, got {value!r}") from None
+        if isinstance(converted[key], str) and converted[key].startswith("~"):
+            converted[key] = os.path.expanduser(converted[key])  # some libraries would, some would not
         if isinstance(converted[key], float) and not math.isfinite(converted[key]):
             raise RecipeError(f"{path}.{key} must be a finite number, got {value!r}")
     for f in dataclasses.fields(cls):

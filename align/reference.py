@@ -67,6 +67,8 @@ class StoredLogps:
                 rows, values = stored["rows"], stored["values"]
             if len(values) != np.diff(self.offsets)[rows].sum() or not np.isfinite(values).all():
                 raise ValueError("does not fit the rows")
+        except PermissionError as error:
+            raise RunError(f"can't read {part}: {error.strerror}; set ALIGN_CACHE to a folder of your own") from None
         except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile):
             part.unlink(missing_ok=True)  # a damaged part is computed again
             return
@@ -85,7 +87,12 @@ class StoredLogps:
         """Stores one part on disk."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".part-", suffix=".npz", delete=False) as file:
-            np.savez(file, rows=rows, values=values)
+            try:
+                np.savez(file, rows=rows, values=values)
+            except OSError:
+                Path(file.name).unlink()  # a full disk should not be filled further
+                raise
+        Path(file.name).chmod(0o644)  # temporary files are private, and a cache may be shared
         name = f"part-{int(rows.min()) if len(rows) else 0:09d}-{digest(rows.tobytes())[:16]}.npz"
         Path(file.name).rename(self.folder / name)
 

@@ -35,7 +35,8 @@ LEFT_BY_RUNS = (
 MAY_DIFFER = {
     "train": {
         "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_strategy", "save_steps",
-        "save_total_limit", "report_to", "run_name", "dataloader_num_workers", "eval_strategy", "eval_steps",
+        "save_total_limit", "token_budget", "gradient_checkpointing",
+        "report_to", "run_name", "dataloader_num_workers", "eval_strategy", "eval_steps",
     },
     "hub": {"push_to_hub", "hub_model_id", "hub_private_repo"},
     "data": {"max_dropped_share"},
@@ -212,12 +213,12 @@ def _size(count: int) -> str:
 
 
 @contextlib.contextmanager
-def explained(folder: Path, way_out: str = "go on with --resume_from_checkpoint last") -> Iterator[None]:
+def explained(folder: Path, way_out: str | None = None) -> Iterator[None]:
     """Makes one sentence of what comes of a disk that can't be written to; other errors pass.
 
     Args:
         folder: what is written to.
-        way_out: what to do when the disk is in order again.
+        way_out: what to do when the disk is in order again; None where ``folder`` is a run.
     Raises:
         RunError: ``folder`` is full or broken.
     """
@@ -227,6 +228,9 @@ def explained(folder: Path, way_out: str = "go on with --resume_from_checkpoint 
         fault = _disk_fault(error, folder)
         if fault is None:
             raise
+        if way_out is None:
+            begun = bool(checkpoints(folder))
+            way_out = "go on with --resume_from_checkpoint last" if begun else "start again with --overwrite_output_dir"
         raise RunError(f"{fault}, and {way_out}") from error
 
 
@@ -235,7 +239,9 @@ def _disk_fault(error: Exception, folder: Path) -> str | None:
         return None
     number = getattr(error, "errno", None)
     # torch and numpy tell neither number nor reason when a file stays shorter than what they wrote.
-    cut_short = re.search(r"PytorchStreamWriter|inline_container|\d+ requested and \d+ written", str(error))
+    cut_short = re.search(
+        r"PytorchStreamWriter|inline_container|iostream error|\d+ requested and \d+ written", str(error)
+    )
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or (cut_short and number is None):
         return f"no space left in {folder}; free some"
     if isinstance(error, (OSError, SafetensorError)):

@@ -99,6 +99,8 @@ class DataSection:
     """Several datasets with weights, instead of dataset_name and the keys that go with it."""
     eval_dataset_name: str | None = None
     """Dataset to evaluate on; without it a share of the prompts is held out."""
+    eval_dataset_config: str | None = None
+    """Name of the eval dataset's configuration on the Hub."""
     eval_split: str | None = None
     """Split of eval_dataset_name. Default: test; for a single file, all of it."""
     eval_share: float = 0.05

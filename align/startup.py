@@ -89,7 +89,7 @@ class Startup:
         stored = [find_cached(self.key, split.table) for split in splits]
         lacking = sum(int((~leg.done).sum()) for legs in stored for leg in legs.values())
         found = sum(int(leg.done.sum()) for legs in stored for leg in legs.values())
-        if lacking and trainer.resumed and self.frozen is None:
+        if lacking and trainer.resumed and self.frozen is None and not self._is_base():
             raise RunError(
                 "the reference log-probs of this run are no longer in the cache (ALIGN_CACHE), and the policy has "
                 "moved on from the model they came from; restore the cache, or start again"
@@ -121,10 +121,16 @@ class Startup:
         with explained(cache_dir(), "start again; what was computed is kept"):
             fill_cache(legs, scoring, scorer, trainer.gather, progress)
 
+    def _is_base(self) -> bool:
+        """Whether the reference is the policy without its adapter."""
+        lora = self.recipe.lora
+        return lora is not None and (self.recipe.reference.model == "base" or lora.adapter_name_or_path is None)
+
     def _scorer(self, trainer: ObjectiveTrainer) -> Scorer:
         if self.frozen is not None:
             return frozen_scorer(self.frozen(), trainer)
-        if self.recipe.reference.model == "base":
+        # An adapter that started as nothing can still be switched off in the middle of training.
+        if self._is_base() and (trainer.resumed or self.recipe.reference.model == "base"):
             model = trainer.unwrapped
 
             def without_adapter(batch: PackedBatch) -> Tensor:
@@ -180,7 +186,9 @@ def load_frozen(recipe: Recipe, dtype: torch.dtype, tokenizer_size: int) -> torc
     initial = recipe.reference.model == "initial"
     name = None if initial else recipe.reference.model
     config = load_config(recipe.model, name)
-    model: torch.nn.Module = load_weights(recipe.model, config, dtype, name)
+    # Weights as the policy has them: rounded to bfloat16 they would be another model than the one named.
+    weights = torch.float32 if recipe.lora is None else dtype
+    model: torch.nn.Module = load_weights(recipe.model, config, weights, name)
     if model.get_input_embeddings().num_embeddings < tokenizer_size:  # type: ignore[operator]
         raise RunError(
             f"reference.model {name!r} has a smaller vocabulary than the policy's tokenizer ({tokenizer_size} tokens)"

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
 from align.errors import RecipeError, RunError
 from align.recipe import Recipe, read_recipe
 from align.sections import SECTIONS
@@ -31,8 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = read_recipe(*_config(words))
         run(recipe, command=shlex.join(["align/train.py", *words]))
     except (RecipeError, DataError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        first = os.environ.get("RANK", "0") == "0" or "LOCAL_RANK" not in os.environ
+        # Usually all processes say the same, but not always.
+        who = "" if first else f"[process {os.environ['RANK']}] "
+        tqdm.write(f"{who}error: {error}", file=sys.stderr)  # on a line of its own, where a progress bar stands
         return 2
+    except KeyboardInterrupt:
+        print("stopped; go on from the last checkpoint with --resume_from_checkpoint last", file=sys.stderr, flush=True)
+        return 130
     return 0
 
 
@@ -132,6 +140,8 @@ def run(recipe: Recipe, command: str = "") -> Path:
     held_out = HeldOut(prepared.eval, *run_directory.eval_name(recipe)) if prepared.eval else None
     ready = build(recipe, config, tokenizer, prepared, held_out, say)
     trainer = ready.trainer
+    if first:
+        saving.require_space(output_dir, ready.bytes_to_save(), "the weights with their checkpoints")
     with saving.explained(output_dir):
         if first:
             run_directory.begin(ready, output_dir, checkpoint, held_out, say)

@@ -170,9 +170,8 @@ class ObjectiveTrainer(Trainer):
         output, legs, anchor = self.compute_output(model, inputs)
         loss = output.loss(inputs.counts) + anchor
         self.meter.add(output, legs.counts())
-        # Mean over microbatches and ranks, times how many there are: the sum of shares, even across a resume.
-        shares = self.args.gradient_accumulation_steps * self.args.world_size
-        self.meter.add_mean("loss", loss.detach() * shares, 1.0)
+        # Shares add up to the step's loss, and their counts to one step, even if a resumed run splits steps otherwise.
+        self.meter.add_mean("loss", loss, 1 / (self.args.gradient_accumulation_steps * self.args.world_size))
         for name, value in self.mixture.observe(legs).items():
             value = value.detach()
             self._observed[name] = self._observed[name] + value if name in self._observed else value
@@ -183,7 +182,8 @@ class ObjectiveTrainer(Trainer):
 
     def finish_step(self) -> None:
         """Before the optimizer moves: refuses a loss that is not a number. Asks the device once per step."""
-        self._refuse_bad_loss()
+        if not self.args.max_grad_norm:  # else it was asked before clipping
+            self._refuse_bad_loss()
         self._step_losses = []
         observed = {name: self.sum_over_ranks(value) for name, value in self._observed.items()}
         if observed:
@@ -191,15 +191,19 @@ class ObjectiveTrainer(Trainer):
         self._observed = {}
 
     def _refuse_bad_loss(self) -> None:
+        """Raises on every rank if the loss is not finite on any: one that went on alone would wait for the others."""
         losses = torch.stack([loss for _, loss in self._step_losses])
-        if not bool(losses.isfinite().all()):
-            first = int((~losses.isfinite()).nonzero()[0])
-            raise RunError(self.name_bad_rows(self._step_losses[first][0], float(losses[first])))
+        bad = (~losses.isfinite()).nonzero()
+        if not bool(self.sum_over_ranks(torch.tensor(float(len(bad)), device=self.args.device))):
+            return
+        first = int(bad[0]) if len(bad) else 0
+        mine = self.name_bad_rows(self._step_losses[first][0], float(losses[first])) if len(bad) else ""
+        raise RunError(next(str(message) for message in self.gather(mine) if message))
 
     def name_bad_rows(self, batch: PackedBatch, loss: float) -> str:
         """What to say of a loss that is not a number: which rows it comes from."""
         with torch.no_grad(), self.compute_loss_context_manager():
-            flat = self.wrapped(packed=batch)["logps"]
+            flat = self.unwrapped(packed=batch)["logps"]  # the other ranks do not take part
         finite = torch.stack([dense(flat, batch, name).isfinite().all(-1) for name in batch.legs]).all(0)
         rows = batch.rows[~finite] if not bool(finite.all()) else batch.rows
         names = "; ".join(self.row_name(int(row)) for row in rows[:5]) or "a batch without rows"
@@ -210,9 +214,9 @@ class ObjectiveTrainer(Trainer):
         )
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
+        self._refuse_bad_loss()  # which knows the rows; a gradient is of all of them
         norm = super()._clip_grad_norm(model)
         if norm is not None and not bool(torch.as_tensor(norm).isfinite()):
-            self._refuse_bad_loss()  # which knows the rows; a gradient is of all of them
             rows = [int(row) for batch, _ in self._step_losses for row in batch.rows]
             names = "; ".join(self.row_name(row) for row in rows[:5])
             raise RunError(

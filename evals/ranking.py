@@ -217,8 +217,8 @@ def _share(values: np.ndarray, prompts: Sequence[Hashable]) -> Estimate:
 def _mean(values: np.ndarray, prompts: Sequence[Hashable]) -> Estimate:
     """Mean with a clustered t interval, for quantities that are not shares.
 
-    Not ``mean_with_interval``: at step 0 every displacement is exactly 0, which it would take for a proportion. There the
-    model has not moved, and the interval is [0, 0].
+    Not ``mean_with_interval``: at step 0 every displacement is exactly 0, which it would take for a proportion. There
+    the model has not moved, and the interval is [0, 0].
     """
     clusters = len(set(prompts))
     value, stderr = float(values.mean()), clustered_stderr(values.tolist(), prompts)

@@ -19,8 +19,8 @@ from data.chat import template_fingerprint
 from evals import hub
 from evals.card import CardInfo, write_card
 from evals.held_out import HeldOut
-from evals.report import write_report
 from evals.redact import shown_name
+from evals.report import write_report
 from evals.results import Result, Results
 from objectives import OBJECTIVES
 from objectives.registry import formula, source
