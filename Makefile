@@ -24,16 +24,16 @@ quickstart: $(READY)
 	$(BIN)/python -m launch.quickstart
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not all"
+	$(BIN)/python -m pytest -n auto -m "not all"
 
 test-all: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -m "not slow and not all"
+	$(BIN)/python -m pytest -n auto -m "not slow and not all"
 
 bench: $(READY)
 	$(BIN)/python -m launch.bench.vs_trl
