@@ -204,6 +204,7 @@ class TrainSection:
         above_zero = ("learning_rate", "num_train_epochs", "adam_epsilon")
         for key in above_zero:
             require(key, getattr(self, key), getattr(self, key) > 0, "> 0")
+        require("num_train_epochs", self.num_train_epochs, self.num_train_epochs <= 10_000, "at most 10000")
         at_least_zero = ("warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers")
         for key in at_least_zero:
             require(key, getattr(self, key), getattr(self, key) >= 0, ">= 0")
