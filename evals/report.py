@@ -81,7 +81,8 @@ def _context(run: RunFiles) -> dict[str, Any]:
         "notes": notes(run),
         "panels": _panels(run),
         "smooth_from": SMOOTH_FROM,
-        "results": [(_label(r), r, _bar(r)) for r in (run.results.results if run.results else ())],
+        "results": [(_label(r), r, _bar(r)) for r in _ends(run)],
+        "between": len(run.results.results) - len(_ends(run)) if run.results else 0,
         "with_datasets": len({(r.dataset, r.split) for r in (run.results.results if run.results else ())}) > 1,
         "name": shown_name,
         "data": scrub(run.data),
@@ -96,6 +97,15 @@ def _context(run: RunFiles) -> dict[str, Any]:
         "facts": _flat(scrub(_run(run))),
         "now": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def _ends(run: RunFiles) -> list[Result]:
+    """Results of the first and the last evaluation, metric by metric; the curves show those in between."""
+    results = list(run.results.results) if run.results else []
+    steps = {result.step for result in results}
+    kept = [result for result in results if result.step in (min(steps), max(steps))]
+    order = {metric: i for i, metric in enumerate(dict.fromkeys(result.metric for result in results))}
+    return sorted(kept, key=lambda result: (order[result.metric], result.dataset, result.split, result.step))
 
 
 def _title(run: RunFiles) -> str:

@@ -41,3 +41,14 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no folder {SHARED}: set ALIGN_SHARED to where models and data sets lie")
     return SHARED
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a tiny ``model``, ``pairs.jsonl`` to train it on, and a cache of its own."""
+    from tests.equivalence.worlds import save_model, save_pairs
+
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+    save_model(tmp_path / "model")
+    save_pairs(tmp_path / "pairs.jsonl")
+    return tmp_path

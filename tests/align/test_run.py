@@ -15,15 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from align.train import main
 from objectives import OBJECTIVES
 from tests.equivalence.test_resume import command, lines
-from tests.equivalence.worlds import save_model, save_pairs, write_rows
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
-    save_model(tmp_path / "model")
-    save_pairs(tmp_path / "pairs.jsonl")
-    return tmp_path
+from tests.equivalence.worlds import write_rows
 
 
 def test_a_run_directory_holds_everything(folder: Path, capsys: pytest.CaptureFixture):

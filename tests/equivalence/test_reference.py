@@ -16,18 +16,10 @@ from align.train import main
 from data.store import Ragged
 from tests.equivalence.runs import built, recipe_for
 from tests.equivalence.test_resume import command, lines
-from tests.equivalence.worlds import save_model, save_pairs
+from tests.equivalence.worlds import save_model
 
 # The reference is computed in bins of other shapes than the policy's: float32 sums in another order.
 FLOAT32_TRAJECTORY = {"rtol": 1e-4, "atol": 2e-5}
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
-    save_model(tmp_path / "model")
-    save_pairs(tmp_path / "pairs.jsonl")
-    return tmp_path
 
 
 def same_numbers(first: Path, second: Path) -> None:

@@ -12,16 +12,8 @@ import pytest
 
 from align.train import main
 from tests.equivalence.test_resume import command, lines
-from tests.equivalence.worlds import save_model, save_pairs, write_rows
+from tests.equivalence.worlds import save_pairs, write_rows
 from tests.support import REPOSITORY
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
-    save_model(tmp_path / "model")
-    save_pairs(tmp_path / "pairs.jsonl")
-    return tmp_path
 
 
 def test_live_reference_in_bfloat16_is_the_policy(folder: Path):

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 
 from align.train import main
-from tests.equivalence.worlds import save_model, save_pairs
 from tests.support import REPOSITORY
 
 KEYS = {
@@ -57,14 +56,6 @@ def lines(run: Path) -> list[dict]:
     """Metrics without what a clock says."""
     parsed = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in parsed]
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
-    save_model(tmp_path / "model")
-    save_pairs(tmp_path / "pairs.jsonl")
-    return tmp_path
 
 
 def after_a_crash(run: Path, step: int) -> None:
