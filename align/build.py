@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from align import checks
 from align import model as models
 from align.assemble import Say, bytes_to_save, total_steps, train_plan, training_arguments, world_size
+from align.errors import RunError
 from align.forward import causal_lm
 from align.recipe import Recipe
 from align.reference import ReferenceKey
@@ -24,6 +26,7 @@ from align.watch import DisplacementAlarm, MetricsFile, Progress, Speed
 from data.loader import PlannedBatches
 from data.plan import Plan
 from data.preparation import Prepared
+from data.store import TokenTable
 
 Evaluations = Callable[[PairSums, int], dict[str, float]]
 
@@ -73,7 +76,7 @@ def build(
         models.switch_off_dropout(model)
     _tell_parameters(model, say)
     model.to(args.device)
-    share, path_check = checks.choose_path(model, prepared.train.table, dtype, args.device)
+    share, path_check = _choose_path(recipe, model, prepared.train.table, dtype, args.device)
     packs = causal_lm(model).config.get_text_config()._attn_implementation == "flex_attention"
     plan = train_plan(recipe, prepared.train.table, share=share, pack=packs)
     args.gradient_accumulation_steps = plan.microbatches
@@ -121,6 +124,26 @@ def build(
         alarm=alarm,
         fingerprint=fingerprint,
     )
+
+
+def _choose_path(
+    recipe: Recipe, model: nn.Module, table: TokenTable, dtype: torch.dtype, device: torch.device
+) -> tuple[bool, checks.Check]:
+    """Shared prompts, with dense masks where FlexAttention does not work out, or sequences one by one."""
+    inner = causal_lm(model)
+    flex = inner.config.get_text_config()._attn_implementation == "flex_attention"
+    if not flex or recipe.model.attn_implementation != "auto":
+        return checks.choose_path(model, table, dtype, device)
+    try:
+        share, check = checks.choose_path(model, table, dtype, device)
+        reason = check.detail
+        if share:
+            return share, check
+    except RunError as error:  # where it can't be compiled, the model's own forward fails too
+        reason = str(error)
+    inner.set_attn_implementation(models.dense_attention(inner.config))
+    share, check = checks.choose_path(model, table, dtype, device)
+    return share, dataclasses.replace(check, detail=f"{check.detail}, with dense masks (flex_attention: {reason})")
 
 
 def _tell_parameters(model: nn.Module, say: Say) -> None:

@@ -188,9 +188,11 @@ def attention(section: ModelSection, config: PretrainedConfig) -> str:
         raise RunError("model.attn_implementation flex_attention can't be trained on a CPU; use auto or sdpa")
     if section.attn_implementation != "auto":
         return section.attn_implementation
-    if torch.cuda.is_available():
-        return "flex_attention"
-    # SDPA has no soft-cap and would silently leave it out.
+    return "flex_attention" if torch.cuda.is_available() else dense_attention(config)
+
+
+def dense_attention(config: PretrainedConfig) -> str:
+    """Attention that takes any mask: SDPA, but eager where scores are soft-capped, which SDPA would leave out."""
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
 
 

@@ -130,3 +130,27 @@ def test_fewer_rows_than_held_out_prompts_still_train(folder: Path):
     write_rows(folder / "two.jsonl", [{"prompt": f"{i}", "chosen": " a b.", "rejected": " c!"} for i in range(2)])
     words = [w for w in command(folder, "run") if not w.startswith("--dataset_name")]
     assert main([*words, f"--dataset_name={folder / 'two.jsonl'}"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
+@pytest.mark.parametrize("where", ["masks", "everywhere"])
+def test_where_flex_attention_fails_dense_masks_are_tried_before_prompts_are_repeated(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, where: str
+):
+    """A GPU without a compiler would have lost the shared prompts too."""
+    from align import masks, model
+
+    def broken(*arguments, **options):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setitem(masks.MAKERS, "flex_attention", broken)
+    if where == "everywhere":
+        from transformers.integrations import flex_attention
+
+        monkeypatch.setattr(flex_attention, "compile_friendly_flex_attention", broken)
+    monkeypatch.setattr(model, "attention", lambda section, config: "flex_attention")
+    assert main(command(folder, "run")) == 0
+    checks = json.loads((folder / "run" / "checks.json").read_text())
+    assert checks[0]["check"] == "shared prompts equal separate sequences"
+    assert "no compiler" in checks[0]["detail"]
