@@ -163,7 +163,7 @@ def training_arguments(recipe: Recipe, microbatches: int, *, evaluate: bool) -> 
             eval_strategy=train.eval_strategy if evaluate else "no",
             eval_steps=train.eval_steps,
             save_strategy=train.save_strategy,
-            save_steps=train.save_steps,
+            save_steps=int(train.save_steps) if train.save_steps >= 1 else train.save_steps,
             save_total_limit=train.save_total_limit,
             dataloader_num_workers=train.dataloader_num_workers,
             report_to=train.report_to or "none",
@@ -211,7 +211,11 @@ def bytes_to_save(recipe: Recipe, total: int, trained: int, steps: int) -> int:
         steps: optimizer steps of the run.
     """
     train, saved = recipe.train, 4 * (trained if recipe.lora is not None else total)
-    every = {"no": 0, "epoch": math.ceil(train.num_train_epochs), "steps": -(-steps // train.save_steps)}
+    every = {
+        "no": 0,
+        "epoch": math.ceil(train.num_train_epochs),
+        "steps": math.ceil(steps / train.save_steps if train.save_steps >= 1 else 1 / train.save_steps),
+    }
     kept = min(every[train.save_strategy], train.save_total_limit or every[train.save_strategy])
     # While a new checkpoint is written, the oldest is still there.
     return saved + (saved + 8 * trained) * (kept + 1 if kept else 0)

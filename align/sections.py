@@ -189,8 +189,8 @@ class TrainSection:
     """Steps between evaluations, with eval_strategy steps."""
     save_strategy: Literal["no", "steps", "epoch"] = "steps"
     """When checkpoints are written."""
-    save_steps: int = 500
-    """Steps between checkpoints, with save_strategy steps."""
+    save_steps: float = 500
+    """Steps between checkpoints, with save_strategy steps; below 1 a share of all steps."""
     save_total_limit: int | None = 2
     """Keep this many checkpoints."""
     dataloader_num_workers: int = 0
@@ -208,7 +208,14 @@ class TrainSection:
         at_least_zero = ("warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers")
         for key in at_least_zero:
             require(key, getattr(self, key), getattr(self, key) >= 0, ">= 0")
-        at_least_one = ("rows_per_step", "token_budget", "logging_steps", "save_steps")
+        share = 0 < self.save_steps < 1
+        require(
+            "save_steps",
+            self.save_steps,
+            share or self.save_steps in range(1, 2**31),
+            "a whole number >= 1, or a share below 1",
+        )
+        at_least_one = ("rows_per_step", "token_budget", "logging_steps")
         for key in at_least_one:
             require(key, getattr(self, key), getattr(self, key) >= 1, ">= 1")
         for key in ("adam_beta1", "adam_beta2"):

@@ -17,6 +17,8 @@ from objectives import OBJECTIVES
 from tests.equivalence.test_resume import command, lines
 from tests.equivalence.worlds import write_rows
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_run_directory_holds_everything(folder: Path, capsys: pytest.CaptureFixture):
     assert main(command(folder, "run")) == 0

@@ -21,6 +21,8 @@ from tests.equivalence.worlds import save_model
 # The reference is computed in bins of other shapes than the policy's: float32 sums in another order.
 FLOAT32_TRAJECTORY = {"rtol": 1e-4, "atol": 2e-5}
 
+pytestmark = pytest.mark.slow
+
 
 def same_numbers(first: Path, second: Path) -> None:
     for a, b in zip(lines(first), lines(second), strict=True):

@@ -15,6 +15,8 @@ from tests.equivalence.test_resume import command, lines
 from tests.equivalence.worlds import save_pairs, write_rows
 from tests.support import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 
 def test_live_reference_in_bfloat16_is_the_policy(folder: Path):
     """It was loaded with weights rounded to bfloat16: off by 0.2 nats a token, and the run refused to start."""
