@@ -8,11 +8,22 @@ from objectives.batch import Leg, LegBatch, masked_sum
 from objectives.mixture import Mixture, mixture
 from objectives.needs import Needs, Objective, Stateful
 from objectives.output import Counts, Mean, Output, Term
-from objectives.registry import OBJECTIVES, Registry
+from objectives.registry import (
+    OBJECTIVES,
+    REGULARIZERS,
+    RELABELERS,
+    REWARD_TRANSFORMS,
+    TOKEN_WEIGHTS,
+    Registry,
+)
 from objectives.rows import Message, Row, Text
 
 __all__ = [
     "OBJECTIVES",
+    "REGULARIZERS",
+    "RELABELERS",
+    "REWARD_TRANSFORMS",
+    "TOKEN_WEIGHTS",
     "Counts",
     "Leg",
     "LegBatch",

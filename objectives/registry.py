@@ -133,3 +133,12 @@ OBJECTIVES = Registry(
     },
 )
 """Every loss a recipe's ``objective`` section can name."""
+
+TOKEN_WEIGHTS = Registry("token weight")
+"""Weights of tokens in likelihood terms."""
+RELABELERS = Registry("relabeler")
+"""Maps from one row to new ones."""
+REWARD_TRANSFORMS = Registry("reward transform")
+"""Maps from scores to scores."""
+REGULARIZERS = Registry("regularizer")
+"""Penalties on parameters rather than on log-probs."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from objectives import OBJECTIVES, Registry
+from objectives import OBJECTIVES, REGULARIZERS, RELABELERS, REWARD_TRANSFORMS, TOKEN_WEIGHTS, Registry
 from objectives.__main__ import main
 from objectives.dpo import DPO
 from objectives.registry import defaults, did_you_mean, field_docs, formula, source
@@ -139,3 +139,11 @@ def test_the_command_itself():
     assert ran.returncode == 2
     assert ran.stderr.splitlines() == [ran.stderr.strip()]
     assert "did you mean 'dpo'?" in ran.stderr
+
+
+@pytest.mark.parametrize("registry", [TOKEN_WEIGHTS, RELABELERS, REWARD_TRANSFORMS, REGULARIZERS], ids=lambda r: r.kind)
+def test_every_registry_says_what_it_has(registry):
+    """Also one that has nothing yet."""
+    with pytest.raises(ValueError, match=rf"unknown {registry.kind} 'nosuch' \(known: ") as caught:
+        registry["nosuch"]
+    assert (", ".join(registry.names()) or "none") in str(caught.value)
