@@ -95,8 +95,8 @@ def test_another_token_budget_may_resume(folder: Path):
 
 
 @pytest.mark.slow
-def test_ranks_stop_together_and_name_the_row(folder: Path):
-    """A NaN on the second rank was reported by the first, which named its own rows."""
+def test_ranks_stop_together_with_one_message_from_the_rank_that_failed(folder: Path):
+    """A NaN on one rank was reported by another as a gradient norm; that it is a loss, and when, must be what is said."""
     script = folder / "poisoned.py"
     script.write_text(
         "import sys, torch\n"
