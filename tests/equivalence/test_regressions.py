@@ -96,7 +96,7 @@ def test_another_token_budget_may_resume(folder: Path):
 
 @pytest.mark.slow
 def test_ranks_stop_together_with_one_message_from_the_rank_that_failed(folder: Path):
-    """A NaN on one rank was reported by another as a gradient norm; that it is a loss, and when, must be what is said."""
+    """A NaN on one rank was reported by another as a gradient norm; it must be told as a loss, with its step."""
     script = folder / "poisoned.py"
     script.write_text(
         "import sys, torch\n"
