@@ -20,6 +20,7 @@ from align.recipe import Recipe
 from align.sections import DataSection, DatasetSection
 from data.plan import Layout, Plan
 from data.preparation import DataSpec
+from data.shapes import Rule
 from data.sources import Source
 from data.store import TokenTable
 from data.tokens import TokenPolicy
@@ -40,12 +41,16 @@ def data_spec(recipe: Recipe, max_length: int) -> DataSpec:
             columns=data.columns,
             format=data.format,
             as_chat=data.as_chat,
+            streaming=data.streaming,
         )
     return DataSpec(
-        train=tuple(_source(entry, as_chat=data.as_chat) for entry in data.datasets or [data]),
+        train=tuple(_source(entry, data) for entry in data.datasets or [data]),
         eval=held_out,
         eval_share=data.eval_share,
         legs=recipe.mixture.needs.legs,
+        labels=recipe.mixture.needs.labels,
+        rule=Rule(name=data.rule, threshold=data.threshold, margin=data.margin),
+        relabel=tuple(entry.built for entry in recipe.relabel),
         policy=TokenPolicy(max_length=max_length, truncation=data.truncation),
         max_dropped_share=data.max_dropped_share,
         seed=recipe.train.seed,
@@ -53,7 +58,7 @@ def data_spec(recipe: Recipe, max_length: int) -> DataSpec:
     )
 
 
-def _source(entry: DataSection | DatasetSection, *, as_chat: bool) -> Source:
+def _source(entry: DataSection | DatasetSection, data: DataSection) -> Source:
     assert entry.dataset_name is not None
     return Source(
         dataset_name=entry.dataset_name,
@@ -62,7 +67,8 @@ def _source(entry: DataSection | DatasetSection, *, as_chat: bool) -> Source:
         columns=entry.columns,
         weight=entry.weight if isinstance(entry, DatasetSection) else 1.0,
         format=entry.format,
-        as_chat=as_chat,
+        as_chat=data.as_chat,
+        streaming=data.streaming,
     )
 
 
@@ -231,6 +237,12 @@ def tell_data(report: Mapping[str, Any], say: Say) -> None:
     )
     for reason, count in report["dropped"].items():
         say(f"  dropped {count}: {reason}")
+    shaped, labels = report["shaped"], report["labels"]
+    if shaped["rows_relabelled"] != shaped["rows_read"]:
+        rule = "" if shaped["rule"] is None else f" by rule {shaped['rule']}"
+        say(f"  {shaped['rows_read']} rows became {shaped['rows_relabelled']}{rule}")
+    if labels is not None:
+        say(f"  labels to train on: {labels['desirable']} desirable, {labels['undesirable']} undesirable")
     for side, count in report["truncated"].items():
         say(f"  cut {count} × {side}: {report['tokens_lost'][side]} tokens beyond max_length {report['max_length']}")
     if report["boundary_mismatches"]:

@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from align import checks
 from align import model as models
 from align.assemble import Say, bytes_to_save, total_steps, train_plan, training_arguments, world_size
+from align.density import DensityRatio
 from align.errors import RunError
 from align.forward import causal_lm
 from align.recipe import Recipe
@@ -23,7 +24,8 @@ from align.reference import ReferenceKey
 from align.startup import Startup, adapter_off_scorer, frozen_scorer, load_frozen
 from align.trainer import ObjectiveTrainer, PairSums
 from align.watch import DisplacementAlarm, MetricsFile, Progress, Speed
-from data.loader import PlannedBatches
+from data.loader import PlannedBatches, kept_tokens
+from data.pack import Known
 from data.plan import Plan
 from data.preparation import Prepared
 from data.store import TokenTable
@@ -89,6 +91,7 @@ def build(
         say(f"warning: train.warmup_steps {warmup:g} is as long as the run of {steps} steps")
     rank = args.process_index
     batches = PlannedBatches(prepared.train.table, plan, rank=rank, share=share)
+    batches.known = Known(kept=kept_tokens(prepared.train.table, recipe.weighting))
     held_out = None if prepared.eval is None else _eval_batches(prepared, plan, rank=rank, share=share)
 
     fingerprint = models.weights_fingerprint(model)
@@ -100,6 +103,7 @@ def build(
         model=model,
         args=args,
         mixture=recipe.mixture,
+        weighting=recipe.weighting,
         batches=batches,
         eval_batches=held_out,
         prepare=startup,
@@ -173,7 +177,7 @@ def _startup(
     recipe: Recipe, model: nn.Module, tokenizer: Any, prepared: Prepared, dtype: torch.dtype, share: bool, say: Say
 ) -> Startup:
     as_base = models.starts_as_base(model, recipe.lora)
-    needs, reference = recipe.mixture.needs.reference, recipe.reference
+    needs, reference = recipe.needs_reference, recipe.reference
     own = reference.model == "initial" or (reference.model == "base" and as_base)
     separate = reference.model not in ("initial", "base")
     frozen: nn.Module | None = None
@@ -195,6 +199,7 @@ def _startup(
     return Startup(
         recipe=recipe,
         key=key,
+        density=_density(recipe, model, tokenizer, dtype),
         frozen=load if separate or reference.source == "live" else None,
         starts_as_reference=not needs or own,
         dtype=dtype,
@@ -203,8 +208,24 @@ def _startup(
     )
 
 
+def _density(recipe: Recipe, model: nn.Module, tokenizer: Any, dtype: torch.dtype) -> DensityRatio | None:
+    encoder = recipe.mixture.needs.density_ratio
+    if encoder is None:
+        return None
+    entry = next(entry.built for entry in recipe.objectives if entry.built.needs.density_ratio is not None)
+    weights = models.weights_fingerprint(model) if encoder == "policy" else None
+    return DensityRatio(
+        encoder=encoder,
+        weights=weights,
+        sample_size=entry.prompt_sample_size,
+        seed=recipe.train.seed,
+        tokenizer=tokenizer,
+        precision=str(dtype),
+    )
+
+
 def _live_reference(recipe: Recipe, startup: Startup, trainer: ObjectiveTrainer) -> Any:
-    if not recipe.mixture.needs.reference or recipe.reference.source == "cached":
+    if not recipe.needs_reference or recipe.reference.source == "cached":
         return None
     if recipe.reference.source == "adapter_off" or recipe.reference.model == "base":
         return adapter_off_scorer(trainer)

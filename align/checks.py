@@ -161,7 +161,7 @@ def check_step0(trainer: ObjectiveTrainer, batch: PackedBatch, dtype: torch.dtyp
         loss = float(output.loss(batch.counts))
     if not math.isfinite(loss):
         raise RunError(trainer.name_bad_rows(batch, loss))
-    if trainer.mixture.needs.reference:
+    if any(leg.ref_logps is not None for leg in legs.legs.values()):
         cached = trainer.live_reference is None
         ratios = [_token_difference(legs[name].logps, legs[name].ref_logps, legs[name].mask) for name in legs]
         worst = max(worst for worst, _ in ratios)

@@ -40,6 +40,8 @@ _IDLE = (
      lambda v: not _get(v, "data", "eval_dataset_name")),
     ("data.eval_dataset_config", "there is no data.eval_dataset_name", ("data.eval_dataset_name",),
      lambda v: not _get(v, "data", "eval_dataset_name")),
+    ("data.threshold", "data.rule is not threshold", ("data.rule",),
+     lambda v: _get(v, "data", "rule") != "threshold"),
     ("hub.hub_private_repo", "hub.push_to_hub is false", ("hub.push_to_hub",),
      lambda v: _get(v, "hub", "hub_private_repo") is True and not _get(v, "hub", "push_to_hub")),
 )  # fmt: skip
@@ -89,6 +91,7 @@ def refuse_idle_reference(
 
 def refuse_contradictions(recipe: Recipe, values: Mapping[str, Any], written: Mapping[str, str]) -> None:
     """Raises ``RecipeError`` where two sections can't both be meant."""
+    _refuse_parts(recipe)
     if recipe.reference.source == "adapter_off" and recipe.lora is None:
         raise RecipeError("reference.source adapter_off needs a lora section; use cached for full fine-tuning")
     if recipe.reference.source == "adapter_off" and recipe.reference.model not in ("initial", "base"):
@@ -120,3 +123,23 @@ def refuse_contradictions(recipe: Recipe, values: Mapping[str, Any], written: Ma
         raise RecipeError("train.eval_strategy steps needs train.eval_steps")
     if recipe.train.resume_from_checkpoint and recipe.train.overwrite_output_dir:
         raise RecipeError("train.overwrite_output_dir would delete the checkpoint to resume from; set one of the two")
+
+
+def _refuse_parts(recipe: Recipe) -> None:
+    """The same for objectives, token weights and relabelers."""
+    needs = recipe.mixture.needs
+    for entry in recipe.relabel:
+        if not set(needs.legs) <= set(entry.built.legs):
+            other = next(leg for leg in needs.legs if leg not in entry.built.legs)
+            raise RecipeError(
+                f"relabel: {entry.name} makes rows of {' and '.join(entry.built.legs)}, and the objective takes "
+                f"{other}; use an objective on pairs, or leave relabel out"
+            )
+    if recipe.weighting.needs_reference:
+        names = " and ".join(
+            name for name, part in recipe.weighting.parts.items() if getattr(part, "over", "") == "dataset"
+        )
+        if recipe.reference.model != "initial" or recipe.reference.source != "cached":
+            raise RecipeError(
+                f"token_weights: {names} takes reference {{model: initial, source: cached}}; leave it out"
+            )

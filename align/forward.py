@@ -21,17 +21,19 @@ from torch import Tensor, nn
 
 from align.logps import HeadTransform, chunked_logps, head_parameters, logps_of_logits
 from align.masks import masks_for
-from data.pack import PADDING, PackedBatch
+from data.pack import PADDING, PROMPT, PackedBatch
 
 
 def bind(model: nn.Module) -> None:
-    """Lets ``model(packed=batch)`` return log-probs; see ``score`` for what comes back."""
+    """Lets ``model(packed=batch)`` return log-probs (see ``score``) and, with ``embed=True``, embeddings of prompts."""
     original = model.forward
 
-    def forward(self: nn.Module, *arguments: Any, packed: PackedBatch | None = None, **options: Any) -> Any:
+    def forward(
+        self: nn.Module, *arguments: Any, packed: PackedBatch | None = None, embed: bool = False, **options: Any
+    ) -> Any:
         if packed is None:
             return original(*arguments, **options)
-        return score(self, packed)
+        return embed_prompts(self, packed) if embed else score(self, packed)
 
     model.forward = MethodType(forward, model)  # type: ignore[method-assign]
 
@@ -86,6 +88,34 @@ def _separate(model: nn.Module, batch: PackedBatch) -> dict[str, Tensor]:
     if options:
         scores["router"] = _router_loss(outputs.router_logits, batch, config)
     return scores
+
+
+def embed_prompts(model: nn.Module, batch: PackedBatch) -> dict[str, Tensor]:
+    """Embeddings of the batch's prompts.
+
+    Returns:
+        ``prompts``: mean of the last hidden states over each row's prompt, (row, hidden), float32.
+    """
+    inner = causal_lm(model)
+    if batch.shared:
+        config = inner.config.get_text_config()
+        hidden = _decoder(inner)(
+            input_ids=batch.input_ids,
+            attention_mask=masks_for(config, batch),
+            position_ids=batch.position_ids,
+            use_cache=False,
+        ).last_hidden_state
+    else:
+        hidden = model.forward(
+            input_ids=batch.input_ids,
+            attention_mask=(batch.row_ids != PADDING).long(),
+            use_cache=False,
+            output_hidden_states=True,
+        ).hidden_states[-1]
+    flat, rows = hidden.flatten(0, 1).float(), batch.row_ids.flatten()
+    of_prompt = batch.leg_ids.flatten() == PROMPT
+    means = [flat[(rows == row) & of_prompt].mean(0) for row in batch.rows.tolist()]
+    return {"prompts": torch.stack(means) if means else flat.new_zeros((0, flat.shape[-1])) + 0.0 * flat.sum()}
 
 
 def _decoder(inner: Any) -> Any:

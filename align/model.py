@@ -272,7 +272,7 @@ def check_before_loading(recipe: Recipe, config: PretrainedConfig) -> None:
         _find_adapter(recipe.lora.adapter_name_or_path)
     elif recipe.lora is not None:
         _try_adapter(recipe.model, recipe.lora, config)
-    if recipe.mixture.needs.reference and recipe.reference.model not in ("initial", "base"):
+    if recipe.needs_reference and recipe.reference.model not in ("initial", "base"):
         load_config(recipe.model, recipe.reference.model)
 
 

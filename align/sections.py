@@ -115,6 +115,16 @@ class DataSection:
     """The run stops if more than this share of the rows can't be used, in [0, 1]."""
     max_rows: int | None = None
     """Read only this many rows of each dataset."""
+    streaming: bool = False
+    """Read the dataset as a stream, once, onto this disk, up to max_rows rows: for those too large to download."""
+    rule: Literal["best_vs_worst", "best_vs_random", "threshold", "margin"] = "best_vs_worst"
+    """How lists of scored responses become pairs, triples and labels. best_vs_worst, best_vs_random: one pair a prompt.
+    threshold: a response that scores at least data.threshold against one that does not; as labels, all responses.
+    margin: every pair whose scores differ by at least data.margin."""
+    threshold: float | None = None
+    """Least score of a good response, with rule threshold."""
+    margin: float = 0.0
+    """Least difference between the scores of chosen and rejected; pairs closer than that are left out and counted."""
 
     def __post_init__(self) -> None:
         require("eval_share", self.eval_share, 0 <= self.eval_share <= 0.5, "in [0, 0.5]")
@@ -123,6 +133,13 @@ class DataSection:
             require("max_length", self.max_length, self.max_length >= 2, ">= 2")
         if self.max_rows is not None:
             require("max_rows", self.max_rows, self.max_rows >= 1, ">= 1")
+        require("margin", self.margin, self.margin >= 0, ">= 0")
+        if self.rule == "threshold" and self.threshold is None:
+            raise ValueError("rule threshold needs data.threshold, the least score of a good response")
+        if self.rule == "margin" and not self.margin:
+            raise ValueError("rule margin needs data.margin, the least difference of scores, > 0")
+        if self.streaming and self.max_rows is None:
+            raise ValueError("streaming needs data.max_rows, how many rows to keep")
         if self.datasets == []:
             raise ValueError("datasets is empty; name at least one")
         if (not self.dataset_name) == (self.datasets is None):

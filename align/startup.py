@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from align import checks
+from align.density import DensityRatio
 from align.errors import RunError
 from align.model import load_config, load_weights
 from align.recipe import Recipe
@@ -27,7 +29,7 @@ from align.reference import (
 from align.saving import explained
 from data.loader import PlannedBatches
 from data.pack import PackedBatch
-from data.store import cache_dir
+from data.store import Ragged, cache_dir
 
 if TYPE_CHECKING:
     from align.trainer import ObjectiveTrainer
@@ -42,6 +44,7 @@ class Startup:
         recipe: the run's.
         key: of the reference cache; None where it is not used.
         frozen: loads the separate reference model that the recipe names; None where the policy is its own reference.
+        density: sets the rows' density ratio; None where no objective reads it.
         starts_as_reference: whether policy and reference are the same function before the first step.
         dtype: of the computation.
         row_names: name a row of the training and of the evaluation data, for messages.
@@ -54,12 +57,13 @@ class Startup:
         recipe: Recipe,
         key: ReferenceKey | None,
         frozen: Callable[[], torch.nn.Module] | None,
+        density: DensityRatio | None = None,
         starts_as_reference: bool,
         dtype: torch.dtype,
         row_names: Sequence[Callable[[int], str]],
         say: Say,
     ) -> None:
-        self.recipe, self.key, self.frozen = recipe, key, frozen
+        self.recipe, self.key, self.frozen, self.density = recipe, key, frozen, density
         self.starts_as_reference, self.dtype, self.say = starts_as_reference, dtype, say
         self.row_names = row_names
         self.checks: list[checks.Check] = []
@@ -73,6 +77,9 @@ class Startup:
         if self.key is not None:
             with checks.undisturbed(trainer.wrapped):
                 self._reference(trainer)
+        if self.density is not None:
+            with checks.undisturbed(trainer.wrapped):
+                self.density(trainer, self.say)
         batch = checks.first_batch(trainer.batches)
         self.checks.append(checks.check_prompt_is_not_trained(batch, trainer.batches.table))
         if not trainer.resumed:
@@ -104,7 +111,10 @@ class Startup:
         for legs, name in zip(stored, self.row_names, strict=True):
             _refuse_not_finite(legs, name)
         for legs, split in zip(stored, splits, strict=True):
-            split.references = {name: leg.ragged() for name, leg in legs.items()}
+            split.known = replace(split.known, references={name: leg.ragged() for name, leg in legs.items()})
+        references = trainer.batches.known.references
+        assert references is not None
+        trainer.weight_state |= trainer.weighting.fit({name: _mean_losses(leg) for name, leg in references.items()})
 
     def _fill(
         self, legs: dict[str, StoredLogps], split: PlannedBatches, scorer: Scorer, trainer: ObjectiveTrainer
@@ -139,6 +149,12 @@ class Startup:
 
             return without_adapter
         return trainer.score
+
+
+def _mean_losses(logps: Ragged) -> Tensor:
+    """Mean loss of every response, nats."""
+    sums = np.add.reduceat(np.asarray(logps.values, dtype=np.float64), logps.offsets[:-1])
+    return torch.from_numpy(-sums / logps.lengths())
 
 
 def _refuse_not_finite(legs: Mapping[str, StoredLogps], name: Callable[[int], str]) -> None:

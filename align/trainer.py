@@ -34,8 +34,9 @@ from align.meter import Meter
 from align.saving import PARTIAL, RECIPE, STATE, explained, publish, write_manifest
 from data.loader import PlannedBatches
 from data.pack import PackedBatch
-from objectives import Leg, LegBatch, Mixture, Output, Term
+from objectives import Leg, LegBatch, Mean, Mixture, Output, Term, Weighting
 
+NO_WEIGHTS = Weighting(parts={}, likelihood=())
 LiveReference = Callable[[PackedBatch], Tensor]
 PairSums = Mapping[str, np.ndarray]
 """Per-row sums of an evaluation: ``policy_<leg>``, ``ref_<leg>``, ``length_<leg>`` and ``row``."""
@@ -48,6 +49,7 @@ class ObjectiveTrainer(Trainer):
         model: with or without adapter; calling it with ``packed=batch`` gives log-probs.
         args: with ``gradient_accumulation_steps`` equal to the plan's microbatches.
         mixture: what to minimise.
+        weighting: of the tokens in likelihood terms, while training.
         batches: training rows, planned for this rank.
         eval_batches: held-out rows, all in one step of their plan; None for none.
         live_reference: maps a batch to reference log-probs in every step; None where they are cached or not needed.
@@ -64,6 +66,7 @@ class ObjectiveTrainer(Trainer):
         model: nn.Module,
         args: TrainingArguments,
         mixture: Mixture,
+        weighting: Weighting = NO_WEIGHTS,
         batches: PlannedBatches,
         eval_batches: PlannedBatches | None = None,
         live_reference: LiveReference | None = None,
@@ -75,11 +78,14 @@ class ObjectiveTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         assert args.gradient_accumulation_steps == batches.plan.microbatches
-        self.mixture, self.batches, self.eval_batches = mixture, batches, eval_batches
+        self.mixture, self.weighting = mixture, weighting
+        self.batches, self.eval_batches = batches, eval_batches
         self.live_reference, self.prepare, self.evaluations = live_reference, prepare, evaluations
         self.row_name, self.recipe_yaml = row_name, recipe_yaml
         self.objective_state: dict[str, Tensor] = mixture.init_state()
+        self.weight_state: dict[str, Tensor] = weighting.init_state()
         self._observed: dict[str, Tensor] = {}
+        self._row_losses: dict[str, list[Tensor]] = {}
         self.meter = Meter()
         self.resumed = False
         self.rows_seen = self.tokens_seen = 0
@@ -148,20 +154,38 @@ class ObjectiveTrainer(Trainer):
         legs = {}
         for name, place in batch.legs.items():
             ref = place.ref_logps if reference is None else dense(reference, batch, name)
-            legs[name] = Leg(logps=dense(flat, batch, name), mask=place.mask, tokens=place.tokens, ref_logps=ref)
-        return LegBatch(legs=legs, state=self.objective_state)
+            legs[name] = Leg(
+                logps=dense(flat, batch, name), mask=place.mask, tokens=place.tokens, ref_logps=ref, weight=place.weight
+            )
+        return LegBatch(legs=legs, labels=batch.labels, density_ratio=batch.density_ratio, state=self.objective_state)
 
-    def compute_output(self, model: nn.Module, batch: PackedBatch) -> tuple[Output, LegBatch, Tensor]:
-        """Terms and metrics of one microbatch, its legs, and a zero that ties every parameter to the graph."""
+    def compute_output(
+        self, model: nn.Module, batch: PackedBatch, *, weigh: bool = True
+    ) -> tuple[Output, LegBatch, Tensor]:
+        """Terms and metrics of one microbatch, its legs, and a zero that ties every parameter to the graph.
+
+        Args:
+            model: the wrapped one.
+            batch: one microbatch.
+            weigh: apply adaptive token weights, as training does and evaluation does not.
+        """
         scores = model(packed=batch)
         flat = scores["logps"]
         legs = self.legs(batch, flat, self.live_reference(batch) if self.live_reference is not None else None)
+        logged: dict[str, Mean] = {}
+        if weigh:
+            legs, logged = self.weighting.apply(legs, self.weight_state, whole_step=self._step_is_one_batch)
         output = self.mixture(legs)
+        output = Output(terms=output.terms, metrics={**output.metrics, **logged})
         if "router" in scores:
             coef = self.router_coef / len(batch.legs)
             router = Term(total=scores["router"], per="row", coef=coef)
             output = Output(terms={**output.terms, "router": router}, metrics=output.metrics)
         return output, legs, 0.0 * flat.sum()
+
+    @property
+    def _step_is_one_batch(self) -> bool:
+        return self.args.gradient_accumulation_steps * self.args.world_size == 1
 
     def compute_loss(  # type: ignore[override]
         self, model: nn.Module, inputs: PackedBatch, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -175,6 +199,8 @@ class ObjectiveTrainer(Trainer):
         for name, value in self.mixture.observe(legs).items():
             value = value.detach()
             self._observed[name] = self._observed[name] + value if name in self._observed else value
+        for name, values in self.weighting.observe(legs).items():
+            self._row_losses.setdefault(name, []).append(values)
         self._step_losses.append((inputs, loss.detach()))
         self.rows_seen += len(inputs.rows)
         self.tokens_seen += inputs.useful_tokens
@@ -189,6 +215,10 @@ class ObjectiveTrainer(Trainer):
         if observed:
             self.objective_state = self.mixture.update(self.objective_state, observed)
         self._observed = {}
+        if self._row_losses:
+            losses = {name: self.concatenate_over_ranks(torch.cat(values)) for name, values in self._row_losses.items()}
+            self.weight_state = self.weighting.update(self.weight_state, losses)
+        self._row_losses = {}
 
     def _refuse_bad_loss(self) -> None:
         """Raises on every rank if the loss is not finite on any: one that went on alone would wait for the others."""
@@ -236,6 +266,12 @@ class ObjectiveTrainer(Trainer):
         torch.distributed.all_reduce(moved)
         return moved.to(device)
 
+    def concatenate_over_ranks(self, values: Tensor) -> Tensor:
+        """The values of all processes, in order of rank."""
+        if self.args.world_size == 1:
+            return values
+        return torch.cat([torch.as_tensor(part) for part in self.gather(values.cpu())]).to(values.device)
+
     def gather(self, value: object) -> list[object]:
         """One object from every rank, in order of rank."""
         if self.args.world_size == 1:
@@ -272,7 +308,7 @@ class ObjectiveTrainer(Trainer):
         with self.scoring():
             for number in range(len(self.eval_batches)):
                 batch = self.eval_batches[number].to(self.args.device)
-                output, legs, _ = self.compute_output(self.wrapped, batch)
+                output, legs, _ = self.compute_output(self.wrapped, batch, weigh=False)
                 meter.add(output, legs.counts())
                 meter.add_mean("loss", output.loss(batch.counts) * len(self.eval_batches) * self.args.world_size, 1.0)
                 sums.append(_row_sums(batch, legs))
@@ -295,6 +331,9 @@ class ObjectiveTrainer(Trainer):
             return  # a summary of the whole run; the report has it
         if "loss" in logs:
             logs |= self.meter.read(self.sum_over_ranks)
+            if "rewards/margins" not in logs and {"rewards/chosen", "rewards/rejected"} <= logs.keys():
+                # Of labelled rows, which have no pairs: the difference of the two classes' means.
+                logs["rewards/margins"] = logs["rewards/chosen"] - logs["rewards/rejected"]
         super().log(logs, start_time)
 
     # ---- start ----
@@ -306,11 +345,10 @@ class ObjectiveTrainer(Trainer):
             self.resumed = True
             stored = json.loads((Path(checkpoint) / STATE).read_text())
             self.meter.load_state_dict(stored["meter"], first_rank=self.args.process_index == 0)
-            self.objective_state = {
-                name: torch.tensor(entry["values"], dtype=getattr(torch, entry["dtype"])).reshape(entry["shape"])
-                for name, entry in stored["objective_state"].items()
-            }
+            self.objective_state = _from_json(stored["objective_state"])
+            self.weight_state = _from_json(stored["weight_state"])
         self.objective_state = {name: value.to(self.args.device) for name, value in self.objective_state.items()}
+        self.weight_state = {name: value.to(self.args.device) for name, value in self.weight_state.items()}
         return result
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -358,15 +396,31 @@ class ObjectiveTrainer(Trainer):
             rotate_checkpoints(str(run_dir), save_total_limit=self.args.save_total_limit)
 
     def _state_to_json(self) -> dict[str, Any]:
-        state = {
-            name: {
-                "values": value.flatten().tolist(),
-                "shape": list(value.shape),
-                "dtype": str(value.dtype).removeprefix("torch."),
-            }
-            for name, value in self.objective_state.items()
+        return {
+            "objective_state": _to_json(self.objective_state),
+            "weight_state": _to_json(self.weight_state),
+            "rows": self.batches.table.fingerprint(),
         }
-        return {"objective_state": state, "rows": self.batches.table.fingerprint()}
+
+
+def _to_json(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {
+        name: {
+            "values": [repr(number) for number in value.flatten().tolist()],  # JSON has no infinity
+            "shape": list(value.shape),
+            "dtype": str(value.dtype).removeprefix("torch."),
+        }
+        for name, value in state.items()
+    }
+
+
+def _from_json(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {
+        name: torch.tensor([float(number) for number in entry["values"]], dtype=getattr(torch, entry["dtype"])).reshape(
+            entry["shape"]
+        )
+        for name, entry in state.items()
+    }
 
 
 def _row_sums(batch: PackedBatch, legs: LegBatch) -> dict[str, np.ndarray]:

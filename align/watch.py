@@ -147,7 +147,7 @@ class DisplacementAlarm(TrainerCallback):
 
     def _look(self, line: Mapping[str, float]) -> bool:
         """Takes in one line and says whether to raise the alarm."""
-        if "displacement/chosen" not in line or "loss" not in line:
+        if not {"loss", "displacement/chosen", "logps/chosen", "rewards/margins"} <= line.keys():
             return False
         self.lines.append(line)
         first = self.lines[0]

@@ -76,6 +76,17 @@ def _without_none(value: Any) -> Any:
     return value
 
 
+def label_in(value: Any, what: str) -> bool:
+    """True or false, also as 1 or 0, and as text, because every column of a CSV file is text."""
+    if value is None:
+        raise RowError(f"no {what}")
+    if isinstance(value, str):
+        value = {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower())
+    if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+        raise RowError(f"{what} is neither true nor false")
+    return bool(value)
+
+
 def number_in(value: Any, what: str) -> float:
     """A finite number, also where it is written as text."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from data.cells import RowError, is_text, number_in, text_in, turn
-from objectives.rows import Message, Text
+from data.cells import RowError, is_text, label_in, number_in, text_in, turn
+from objectives.rows import Candidate, Message, Text
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
@@ -24,6 +24,8 @@ class Draft:
     prompt: Text
     responses: Mapping[str, Text]
     scores: Mapping[str, float] = field(default_factory=dict)
+    label: bool | None = None
+    candidates: tuple[Candidate, ...] = ()
 
 
 def paired(raw: Mapping[str, Any]) -> Draft:
@@ -82,6 +84,12 @@ def prompt_completion(raw: Mapping[str, Any]) -> Draft:
     return Draft(**_joined(prompt, {"gold": completion}))
 
 
+def unpaired(raw: Mapping[str, Any]) -> Draft:
+    """``prompt`` and ``completion``, strings or messages, with a ``label``: whether the completion is desirable."""
+    prompt, completion = _texts(raw, "prompt", "completion")
+    return Draft(**_joined(prompt, {"completion": completion}), label=label_in(raw.get("label"), "label"))
+
+
 def messages(raw: Mapping[str, Any]) -> Draft:
     """``messages``: what the assistant says last is the gold response, everything before it the prompt."""
     (conversation,) = _texts(raw, "messages")
@@ -91,33 +99,40 @@ def messages(raw: Mapping[str, Any]) -> Draft:
 
 
 def scored(raw: Mapping[str, Any]) -> Draft:
-    """``prompt`` and ``responses`` with scores: the best is chosen and gold, the worst rejected.
+    """``prompt`` and ``responses`` with scores, which become candidates, best first and equal ones in their order.
 
-    Responses are ``[{text, score}, …]``, or strings with a column ``scores`` beside. Empty responses are passed over;
-    of equal scores the first counts.
+    Responses are ``[{text, score}, …]``, or strings with a column ``scores`` beside. Empty responses are passed over. A
+    gold response is the row's own only if it has a column for it.
     """
     (prompt,) = _texts(raw, "prompt")
-    listed = [(text, score) for text, score in _listed(raw) if text.strip()]
-    if len(listed) < 2:
-        raise RowError("fewer than two responses that aren't empty")
-    best = max(listed, key=lambda pair: pair[1])
-    worst = min(listed, key=lambda pair: pair[1])
-    if best[1] == worst[1]:
-        raise RowError("all responses have the same score")
-    responses = {"chosen": best[0], "rejected": worst[0], "gold": best[0]}
-    scores = {"chosen": best[1], "rejected": worst[1], "gold": best[1]}
-    return Draft(**_joined(prompt, responses), scores=scores)
+    listed = [(text, score) for text, score in _listed(raw) if not _is_empty(text)]
+    if not listed:
+        raise RowError("no response that isn't empty")
+    listed.sort(key=lambda pair: -pair[1])
+    joined = _joined(prompt, {**{str(i): text for i, (text, _) in enumerate(listed)}, **_gold(raw)})
+    texts = joined["responses"]
+    return Draft(
+        prompt=joined["prompt"],
+        responses={"gold": texts["gold"]} if "gold" in texts else {},
+        scores={leg: score for leg, score in _scores(raw).items() if leg in texts},
+        candidates=tuple(Candidate(text=texts[str(i)], score=score) for i, (_, score) in enumerate(listed)),
+    )
 
 
 def string_to_chat(draft: Draft) -> Draft:
     """Strings as a user's and an assistant's turn, without the space that joins plain text; messages as they are."""
     if isinstance(draft.prompt, tuple):
         return draft
-    responses = {
-        name: (turn("assistant", text.removeprefix(" ")),) if isinstance(text, str) else text
-        for name, text in draft.responses.items()
-    }
-    return Draft(prompt=(turn("user", draft.prompt),), responses=responses, scores=draft.scores)
+    return replace(
+        draft,
+        prompt=(turn("user", draft.prompt),),
+        responses={name: _spoken(text) for name, text in draft.responses.items()},
+        candidates=tuple(replace(each, text=_spoken(each.text)) for each in draft.candidates),
+    )
+
+
+def _spoken(text: Text) -> Text:
+    return (turn("assistant", text.removeprefix(" ")),) if isinstance(text, str) else text
 
 
 def transcript_to_chat(draft: Draft) -> Draft:
@@ -145,7 +160,8 @@ def checked(draft: Draft) -> Draft:
         raise RowError("empty prompt")
     if isinstance(draft.prompt, tuple) and draft.prompt[-1]["role"] == "assistant":
         raise RowError("the prompt ends with an assistant turn")
-    for name, response in draft.responses.items():
+    candidates = [("a response", candidate.text) for candidate in draft.candidates]
+    for name, response in [*draft.responses.items(), *candidates]:
         if isinstance(response, tuple):
             if not response or response[-1]["role"] != "assistant":
                 raise RowError(f"the last turn of {name} is not the assistant's")
@@ -167,11 +183,16 @@ def _is_empty(response: Text) -> bool:
 def _responses(raw: Mapping[str, Any]) -> dict[str, Text]:
     """Chosen and rejected; gold where the row has it."""
     chosen, rejected = _texts(raw, "chosen", "rejected")
-    gold = raw.get("gold", raw.get("reference"))
+    return {"chosen": chosen, "rejected": rejected, **_gold(raw)}
+
+
+def _gold(raw: Mapping[str, Any]) -> dict[str, Text]:
+    """The response in the column gold, or else in the column reference."""
+    if raw.get("gold") is not None:
+        return {"gold": text_in(raw["gold"], "gold")}
     # A column called reference may hold anything (sources, numbers): it is gold only where it is text or messages.
-    if gold is None or ("gold" not in raw and not is_text(gold)):
-        return {"chosen": chosen, "rejected": rejected}
-    return {"chosen": chosen, "rejected": rejected, "gold": text_in(gold, "gold")}
+    reference = raw.get("reference")
+    return {"gold": text_in(reference, "gold")} if is_text(reference) else {}
 
 
 def _texts(raw: Mapping[str, Any], *columns: str) -> list[Text]:
@@ -227,7 +248,7 @@ def _after(prompt: str, responses: Mapping[str, Text]) -> dict[str, Text]:
     return cut
 
 
-def _listed(raw: Mapping[str, Any]) -> list[tuple[str, float]]:
+def _listed(raw: Mapping[str, Any]) -> list[tuple[Text, float]]:
     responses, scores = raw.get("responses"), raw.get("scores")
     if not isinstance(responses, list):
         raise RowError("responses is not a list")
@@ -239,9 +260,9 @@ def _listed(raw: Mapping[str, Any]) -> list[tuple[str, float]]:
         if not isinstance(scores, list) or len(scores) != len(responses):
             raise RowError("responses and scores are not equally many")
         pairs = list(zip(responses, scores, strict=True))
-    if not all(isinstance(text, str) for text, _ in pairs):
+    if not all(is_text(text) for text, _ in pairs):
         raise RowError("a response that is not text")
-    return [(text, number_in(score, "score")) for text, score in pairs]
+    return [(text_in(text, "a response"), number_in(score, "score")) for text, score in pairs]
 
 
 def _scores(raw: Mapping[str, Any]) -> dict[str, float]:

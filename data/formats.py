@@ -20,6 +20,7 @@ from data.convert import (
     string_to_chat,
     transcript_to_chat,
     transcripts,
+    unpaired,
 )
 from data.errors import DataError
 from objectives.rows import Row
@@ -67,7 +68,15 @@ def to_row(raw: Any, form: Format, *, source: str, index: int, as_chat: bool = F
             draft = checked(form.to_chat(draft))
     except RowError as error:
         return RowProblem(source=source, index=index, reason=str(error))
-    return Row(prompt=draft.prompt, responses=draft.responses, scores=draft.scores, source=source, index=index)
+    return Row(
+        prompt=draft.prompt,
+        responses=draft.responses,
+        scores=draft.scores,
+        label=draft.label,
+        candidates=draft.candidates,
+        source=source,
+        index=index,
+    )
 
 
 def recognise(head: Sequence[Any], *, where: str, name: str = "auto") -> Format:
@@ -89,11 +98,6 @@ def recognise(head: Sequence[Any], *, where: str, name: str = "auto") -> Format:
         if set(FORMATS[name].needs) <= kinds.keys():
             return FORMATS[name]
         raise DataError(_nothing_fits(where, rows, kinds, expected=f"{FORMATS[name].expects} for format {name}"))
-    if {"prompt", "completion", "label"} <= kinds.keys():
-        raise DataError(
-            f"{where}: unpaired rows with labels need an objective that takes labels; none is registered; "
-            "to train on the completions whatever their label, set data.format: prompt_completion"
-        )
     for form in FORMATS.values():
         if form.fits(kinds, rows):
             return form
@@ -129,6 +133,11 @@ def _could_be(kinds: Kinds, column: str, *wanted: str) -> bool:
 
 def _fits_columns(*columns: str) -> Callable[[Kinds, Sequence[Mapping[str, Any]]], bool]:
     return lambda kinds, _: all(_could_be(kinds, column, "text", "messages") for column in columns)
+
+
+def _fits_unpaired(kinds: Kinds, _: Sequence[Mapping[str, Any]]) -> bool:
+    fits = all(_could_be(kinds, column, "text", "messages") for column in ("prompt", "completion"))
+    return fits and _could_be(kinds, "label", "true/false", "number", "text")
 
 
 def _fits_implicit(kinds: Kinds, _: Sequence[Mapping[str, Any]]) -> bool:
@@ -187,6 +196,13 @@ FORMATS: Mapping[str, Format] = {
             read=scored,
         ),
         Format(
+            name="unpaired",
+            needs=("prompt", "completion", "label"),
+            expects="prompt + completion + label, which is true or false; format prompt_completion passes labels over",
+            fits=_fits_unpaired,
+            read=unpaired,
+        ),
+        Format(
             name="prompt_completion",
             needs=("prompt", "completion"),
             expects="prompt + completion, text or messages",
@@ -206,7 +222,7 @@ FORMATS: Mapping[str, Format] = {
 
 _EXPECTED = (
     "prompt + chosen + rejected (or chosen + rejected that begin with the prompt; "
-    "prompt + responses [{text, score}, …]; prompt + completion; messages)"
+    "prompt + responses [{text, score}, …]; prompt + completion, with or without label; messages)"
 )
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
@@ -219,6 +235,10 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "gold": (),
     "reference": (),
     "completion": ("answer", "response", "output", "text", "solution", "target"),
+    "label": (
+        *("labels", "thumbs", "thumbs_up", "is_good", "good", "preference", "desirable", "is_desirable", "liked"),
+        *("feedback", "accepted", "is_chosen", "vote", "upvoted"),
+    ),
     "messages": ("conversation", "conversations", "dialogue", "dialog", "chat", "turns"),
     "responses": ("completions", "candidates", "generations", "outputs", "answers"),
     "scores": ("ratings", "rewards"),
@@ -231,6 +251,7 @@ _GUESSES = (
     ("chosen", "rejected"),
     ("prompt", "responses", "scores"),
     ("prompt", "responses"),
+    ("prompt", "completion", "label"),
     ("prompt", "completion"),
     ("messages",),
 )

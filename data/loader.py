@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from data.pack import PackedBatch, References, pack
+from data.pack import NOTHING, Known, PackedBatch, PerToken, pack
 from data.plan import Plan
-from data.store import TokenTable
+from data.store import Ragged, TokenTable
+from objectives import Weighting
 from objectives.output import Counts
 
 
@@ -21,7 +22,7 @@ class PlannedBatches(Dataset[PackedBatch]):
 
     def __init__(self, table: TokenTable, plan: Plan, *, rank: int, share: bool) -> None:
         self.table, self.plan, self.rank, self.share = table, plan, rank, share
-        self.references: References | None = None
+        self.known: Known = NOTHING
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -35,21 +36,51 @@ class PlannedBatches(Dataset[PackedBatch]):
         step, microbatch = divmod(item, self.plan.microbatches)
         bins = self._steps[step]
         rows = np.concatenate([rows for ranks in bins for rows in ranks])
-        return self.pack(bins[microbatch][self.rank], counts=step_counts(self.table, rows))
+        return self.pack(bins[microbatch][self.rank], counts=self.counts(rows))
 
     def pack(self, rows: np.ndarray | Sequence[int], counts: Counts | None = None) -> PackedBatch:
         """Lays any rows out as this loader does; counts default to those rows' own."""
         kind = self.plan.layout.kind if self.share else "bucket"
-        counts = counts if counts is not None else step_counts(self.table, np.asarray(rows))
-        return pack(self.table, rows, share=self.share, kind=kind, counts=counts, references=self.references)
+        counts = counts if counts is not None else self.counts(np.asarray(rows))
+        return pack(self.table, rows, share=self.share, kind=kind, counts=counts, known=self.known)
+
+    def counts(self, rows: np.ndarray) -> Counts:
+        """What a step made of these rows holds."""
+        return step_counts(self.table, rows, self.known.kept)
 
     def loader(self, workers: int = 0) -> DataLoader[PackedBatch]:
         """One microbatch at a time, in order."""
         return DataLoader(self, batch_size=1, collate_fn=lambda items: items[0], num_workers=workers)
 
 
-def step_counts(table: TokenTable, rows: np.ndarray) -> Counts:
-    """What a step made of these rows holds, by unit."""
+def step_counts(table: TokenTable, rows: np.ndarray, kept: PerToken | None = None) -> Counts:
+    """What a step made of these rows holds, by unit.
+
+    Args:
+        table: token ids.
+        rows: row numbers.
+        kept: which tokens likelihood terms learn from, for legs on which a mask acts.
+    """
     chosen = np.asarray(rows, dtype=np.int64)
-    tokens = {f"{name}.token": float(leg.lengths()[chosen].sum()) for name, leg in table.legs.items()}
+    tokens = {}
+    for name, leg in table.legs.items():
+        if kept is not None and name in kept:
+            tokens[f"{name}.token"] = float(sum(int(kept[name][int(row)].sum()) for row in chosen))
+        else:
+            tokens[f"{name}.token"] = float(leg.lengths()[chosen].sum())
     return {"row": float(len(chosen)), **tokens}
+
+
+def kept_tokens(table: TokenTable, weighting: Weighting) -> PerToken | None:
+    """Which response tokens the masks of a weighting keep, for the legs on which one acts; None where none does."""
+    kept: dict[str, Ragged] = {}
+    for name in weighting.masked_legs():
+        responses = table.legs[name]
+        values = np.empty(int(responses.offsets[-1]), dtype=np.uint8)
+        for row in range(len(table)):
+            prompt, response = table.prompts[row], responses[row]
+            keep = weighting.keep(name, np.concatenate([prompt, response]), len(prompt))
+            assert keep is not None
+            values[responses.offsets[row] : responses.offsets[row + 1]] = keep
+        kept[name] = Ragged(values, np.asarray(responses.offsets))
+    return kept or None

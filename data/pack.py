@@ -38,6 +38,8 @@ class PackedLeg:
     mask: Bool[Tensor, "row token"]
     tokens: Int[Tensor, "row token"]
     ref_logps: Float[Tensor, "row token"] | None = None
+    weight: Float[Tensor, "row token"] | None = None
+    """1 for tokens that likelihood terms learn from, 0 for those a token mask drops; None where none acts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,10 @@ class PackedBatch:
     """Row numbers in the table; none for a dummy batch, whose one line has zero weight."""
     counts: Counts
     """What the **whole optimizer step** holds, all microbatches and ranks."""
+    labels: Bool[Tensor, " row"] | None = None
+    """Whether each row is desirable, where the data has labels."""
+    density_ratio: Float[Tensor, " row"] | None = None
+    """p(prompt | desirable) / p(prompt | undesirable), where an objective asked for it."""
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on another device."""
@@ -82,8 +88,23 @@ class PackedBatch:
         return int((self.row_ids != PADDING).sum()) if len(self.rows) else 0
 
 
-References = Mapping[str, Ragged]
-"""By leg and row number: the reference's log-probs of that response."""
+PerToken = Mapping[str, Ragged]
+"""By leg and row number: a number for each response token, such as the reference's log-prob."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What is known of rows besides their tokens, by the time they are packed."""
+
+    references: PerToken | None = None
+    """The reference's log-probs."""
+    kept: PerToken | None = None
+    """1 for tokens that likelihood terms learn from, else 0; only legs on which a mask acts."""
+    density_ratio: np.ndarray | None = None
+    """One per row."""
+
+
+NOTHING = Known()
 
 
 def pack(
@@ -93,7 +114,7 @@ def pack(
     share: bool,
     kind: str = "bucket",
     counts: Counts,
-    references: References | None = None,
+    known: Known = NOTHING,
 ) -> PackedBatch:
     """Lays rows out for one forward pass.
 
@@ -103,7 +124,7 @@ def pack(
         share: whether responses share their prompt's positions.
         kind: ``bucket`` (a line per row or sequence) or ``pack`` (one line; only with ``share``).
         counts: of the whole step.
-        references: cached reference log-probs to put beside the tokens.
+        known: what goes into the batch beside the tokens.
     """
     assert share or kind == "bucket", "separate sequences are lines of their own"
     numbers = [int(row) for row in rows]
@@ -128,7 +149,7 @@ def pack(
                 start = lines[-1].add(leg[row], row, number, len(prompt))
                 spans[name].append((len(lines) - 1, start, last_prompt))
     width = max(line.length for line in lines)
-    source, target, legs = _index(table, numbers, spans, width, references)
+    source, target, legs = _index(table, numbers, spans, width, known)
     return PackedBatch(
         input_ids=_stack(lines, "ids", width, 0),
         position_ids=_stack(lines, "positions", width, 0),
@@ -140,6 +161,10 @@ def pack(
         shared=share,
         rows=torch.tensor(numbers, dtype=torch.long),
         counts=counts,
+        labels=None if table.labels is None else torch.from_numpy(np.asarray(table.labels)[numbers].astype(bool)),
+        density_ratio=None
+        if known.density_ratio is None
+        else torch.from_numpy(known.density_ratio[numbers].astype(np.float32)),
     )
 
 
@@ -173,7 +198,7 @@ def _index(
     rows: Sequence[int],
     spans: Mapping[str, Sequence[tuple[int, int, int]]],
     width: int,
-    references: References | None,
+    known: Known,
 ) -> tuple[Int[Tensor, " response"], Int[Tensor, " response"], dict[str, PackedLeg]]:
     sources: list[np.ndarray] = []
     targets: list[np.ndarray] = []
@@ -183,7 +208,9 @@ def _index(
         lengths = [len(leg[row]) for row in rows]
         shape = (len(rows), max(lengths, default=1))
         slot, tokens = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-        mask, ref = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=np.float32)
+        mask = np.zeros(shape, dtype=bool)
+        ref = None if known.references is None else np.zeros(shape, dtype=np.float32)
+        kept = None if known.kept is None or name not in known.kept else np.zeros(shape, dtype=np.float32)
         for i, row in enumerate(rows):
             line, start, last_prompt = spans[name][i]
             n = lengths[i]
@@ -192,14 +219,17 @@ def _index(
             sources.append(line * width + np.concatenate([[last_prompt], np.arange(start, start + n - 1)]))
             targets.append(leg[row])
             slot[i, :n], mask[i, :n], tokens[i, :n] = np.arange(flat, flat + n), True, leg[row]
-            if references is not None:
-                ref[i, :n] = references[name][row]
+            if ref is not None and known.references is not None:
+                ref[i, :n] = known.references[name][row]
+            if kept is not None and known.kept is not None:
+                kept[i, :n] = known.kept[name][row]
             flat += n
         legs[name] = PackedLeg(
             slot=torch.from_numpy(slot),
             mask=torch.from_numpy(mask),
             tokens=torch.from_numpy(tokens),
-            ref_logps=None if references is None else torch.from_numpy(ref),
+            ref_logps=None if ref is None else torch.from_numpy(ref),
+            weight=None if kept is None else torch.from_numpy(kept),
         )
     if not rows:  # the dummy's forward still yields one log-prob, so that its backward reaches every parameter
         line, start, last_prompt = next(iter(spans.values()))[0]

@@ -12,45 +12,94 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
 import datasets
 from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub import dataset_info
 
 from data.errors import DataError
+from data.spool import spooled
+from data.store import digest
 
 KINDS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 KNOWN_FILES = "json, jsonl, parquet, arrow or csv, also with .gz"
 METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
 
-def read(dataset_name: str, *, split: str, config: str | None = None) -> Iterator[Any]:
+def read(
+    dataset_name: str, *, split: str, config: str | None = None, streaming: bool = False, limit: int | None = None
+) -> Iterator[Any]:
     """The raw rows of one split; dictionaries, unless a JSON file holds something else.
 
     A name is local if a path of that name exists, if it starts with ``.``, ``/`` or ``~``, or if it ends like a data
     file; only other names are looked up on the Hub. A single file is a split called train; a folder has the splits that
     ``datasets`` reads off its file names.
 
+    Args:
+        dataset_name: path or Hub id.
+        split: which split.
+        config: which configuration, where there are several.
+        streaming: read no more than the first ``limit`` rows, and keep them in the cache: a second call reads those.
+        limit: how many rows are wanted at most.
     Raises:
-        DataError: nothing there, no such split, files of several kinds, or a file that can't be parsed.
+        DataError: nothing there, no such split, files of several kinds, a file that can't be parsed, or a stream
+            without a limit or with values that can't be kept.
     """
+    if not streaming:
+        return islice(_rows_of(dataset_name, split, config, streaming=False), limit)
+    if limit is None:
+        raise DataError(
+            f"{dataset_name}: data.streaming needs data.max_rows, how many rows to read from the stream; set it"
+        )
+    path = Path(os.path.expanduser(dataset_name))
+    local = looks_local(dataset_name)
+    version = _version_of_files(path) if local else _version_on_hub(dataset_name)
+    where = str(path.resolve()) if local else dataset_name
+
+    def stream() -> Generator[Any, None, None]:
+        with _explained(dataset_name):
+            yield from _rows_of(dataset_name, split, config, streaming=True, revision=None if local else version)
+
+    return read_json(spooled([where, config, split], version, limit, dataset_name, stream))
+
+
+def _version_of_files(path: Path) -> str | None:
+    """What changes when files change; None if there are none."""
+    files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
+    stats = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return digest(stats) if stats else None
+
+
+def _version_on_hub(name: str) -> str | None:
+    """The commit that the main branch points to; None if the Hub does not say."""
+    try:
+        return dataset_info(name, timeout=30).sha
+    except Exception:  # offline, unknown, private: opening the stream says what is wrong, if no spooled copy is there
+        return None
+
+
+def _rows_of(
+    dataset_name: str, split: str, config: str | None, *, streaming: bool, revision: str | None = None
+) -> Iterator[Any]:
     if "[" in split or "+" in split:
         raise DataError(f"{dataset_name}: split {split!r} is a slice or a sum; name one split, and set data.max_rows")
     if not looks_local(dataset_name):
-        return _from_hub(dataset_name, split, config)
+        return _from_hub(dataset_name, split, config, streaming=streaming, revision=revision)
     path = Path(os.path.expanduser(dataset_name))
     if not path.exists():
         raise DataError(f"{dataset_name}: no such file or folder; for a dataset on the Hub write owner/name")
     if path.is_file():
         if config is not None:
             raise DataError(f"{dataset_name}: a file has no configurations; leave out dataset_config {config!r}")
-        return _from_files(dataset_name, {"train": [path]}, split)
+        return _from_files(dataset_name, {"train": [path]}, split, streaming=streaming)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _from_saved(dataset_name, path, split)
-    return _from_files(dataset_name, _splits_of_folder(dataset_name, path, config), split)
+    return _from_files(dataset_name, _splits_of_folder(dataset_name, path, config), split, streaming=streaming)
 
 
 def looks_local(dataset_name: str) -> bool:
@@ -101,18 +150,18 @@ def _pick(name: str, splits: Mapping[str, Any], split: str) -> Any:
     return splits[split]
 
 
-def _from_files(name: str, splits: Mapping[str, Sequence[Path]], split: str) -> Iterator[Any]:
+def _from_files(name: str, splits: Mapping[str, Sequence[Path]], split: str, *, streaming: bool) -> Iterator[Any]:
     files = _pick(name, splits, split)
     kind = _kind(files[0])
     if kind is None:
         raise DataError(f"{name}: don't know how to read {files[0].suffix or 'a file without a suffix'}: {KNOWN_FILES}")
     if kind == "json":
         return (row for path in files for row in read_json(path))
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"streaming": True} if streaming else {}
     if kind == "csv":
         # All columns are text: 42 and NA are answers here, not a number and a missing value.
         text = datasets.Value("string")
-        options = {"features": datasets.Features(dict.fromkeys(_header(files[0]), text))}
+        options["features"] = datasets.Features(dict.fromkeys(_header(files[0]), text))
         options["keep_default_na"] = False
     with _explained(name):
         found = datasets.load_dataset(kind, data_files={split: [str(path) for path in files]}, split=split, **options)
@@ -128,18 +177,10 @@ def _from_saved(name: str, folder: Path, split: str) -> Iterator[Any]:
     return iter(_pick(name, splits, split))
 
 
-def _from_hub(name: str, split: str, config: str | None) -> Iterator[Any]:
-    try:
-        with _explained(name):
-            return iter(datasets.load_dataset(name, config, split=split))
-    except DatasetNotFoundError as error:
-        raise DataError(
-            f"{name}: no such dataset on the Hub, or it takes a login (hf auth login), and no local path of that name"
-        ) from error
-    except ConnectionError as error:
-        raise DataError(
-            f"{name}: the Hub can't be reached ({_brief(error)}); check the network, or give a local file or folder"
-        ) from error
+def _from_hub(name: str, split: str, config: str | None, *, streaming: bool, revision: str | None) -> Iterator[Any]:
+    options: dict[str, Any] = {"streaming": True, "revision": revision} if streaming else {}
+    with _explained(name):
+        return iter(datasets.load_dataset(name, config, split=split, **options))
 
 
 @contextmanager
@@ -151,8 +192,16 @@ def _explained(name: str) -> Iterator[None]:
     datasets.disable_progress_bars()
     try:
         yield
-    except (DataError, DatasetNotFoundError, ConnectionError):
+    except DataError:
         raise
+    except DatasetNotFoundError as error:
+        raise DataError(
+            f"{name}: no such dataset on the Hub, or it takes a login (hf auth login), and no local path of that name"
+        ) from error
+    except ConnectionError as error:
+        raise DataError(
+            f"{name}: the Hub can't be reached ({_brief(error)}); check the network, or give a local file or folder"
+        ) from error
     except Exception as error:  # whatever pyarrow, pandas and datasets raise on bad files has no common base
         if "corresponds to no data" in str(error):
             raise DataError(f"{name}: the dataset has no rows") from error

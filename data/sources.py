@@ -37,6 +37,8 @@ class Source:
     """How rows are written, by name; auto recognises it."""
     as_chat: bool = False
     """Turn plain strings and HH transcripts into messages."""
+    streaming: bool = False
+    """Read only the first rows, without downloading the rest, and keep them in the cache. Takes a row limit."""
 
     def __post_init__(self) -> None:
         if not self.dataset_name.strip():
@@ -75,10 +77,12 @@ def load_rows(source: Source, *, limit: int | None = None) -> LoadedRows:
         source: the dataset and how to read it.
         limit: read only this many rows of the data, from the first; those with problems count.
     Raises:
-        DataError: the dataset can't be read, is empty, fits no format, or has no row without a problem.
+        DataError: the dataset can't be read, is empty, fits no format, has no row without a problem, or is a stream
+            without a limit.
     """
     assert limit is None or limit >= 1, limit
-    raws = islice(read(source.dataset_name, split=source.split, config=source.config), limit)
+    name, config = source.dataset_name, source.config
+    raws = read(name, split=source.split, config=config, streaming=source.streaming, limit=limit)
     head = list(islice(raws, HEAD))
     if not head:
         raise DataError(f"{source.dataset_name}: the dataset has no rows in split {source.split!r}; name one that has")
@@ -132,7 +136,7 @@ def _repeated(part: LoadedRows, weight: float, seed: int, position: int) -> Iter
     _check_weight(part.source, weight)
     copies = math.floor(weight)
     extra = round((weight - copies) * len(part.rows))
-    if copies == 0 and extra == 0:
+    if part.rows and copies == 0 and extra == 0:
         raise DataError(f"{part.source}: weight {weight} of {len(part.rows)} rows leaves none; raise the weight")
     drawn = random.Random(f"mix/{seed}/{position}").sample(range(len(part.rows)), extra)
     order = chain(*[range(len(part.rows))] * copies, sorted(drawn))

@@ -18,7 +18,7 @@ import xxhash
 
 from data.tokens import TokenRow
 
-FORMAT = 1
+FORMAT = 2
 """Raise when the meaning of stored arrays changes; older caches are then not found."""
 
 
@@ -68,15 +68,21 @@ class TokenTable:
 
     prompts: Ragged
     legs: Mapping[str, Ragged]
+    labels: np.ndarray | None = None
+    """Whether each row's completion is desirable (bool), where all rows say so."""
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     @staticmethod
     def of(rows: Sequence[TokenRow], legs: Sequence[str]) -> TokenTable:
-        """Packs token rows; every row has every leg."""
+        """Packs token rows; every row has every leg, and all have a label or none has."""
+        labels = [row.label for row in rows if row.label is not None]
+        assert not labels or len(labels) == len(rows), "only some of the rows have labels"
         return TokenTable(
-            Ragged.of([row.prompt for row in rows]), {leg: Ragged.of([row.legs[leg] for row in rows]) for leg in legs}
+            Ragged.of([row.prompt for row in rows]),
+            {leg: Ragged.of([row.legs[leg] for row in rows]) for leg in legs},
+            np.array(labels, dtype=bool) if labels else None,
         )
 
     def shared_lengths(self) -> np.ndarray:
@@ -94,10 +100,11 @@ class TokenTable:
         def pick(ragged: Ragged) -> Ragged:
             return Ragged.of([ragged[int(row)].tolist() for row in rows])
 
-        return TokenTable(pick(self.prompts), {name: pick(leg) for name, leg in self.legs.items()})
+        labels = None if self.labels is None else np.asarray(self.labels)[rows]
+        return TokenTable(pick(self.prompts), {name: pick(leg) for name, leg in self.legs.items()}, labels)
 
     def fingerprint(self) -> str:
-        """Content hash of all token ids and boundaries."""
+        """Content hash of all token ids, boundaries and labels."""
         return digest(*(part for name, ragged in self._arrays() for part in (name, ragged.tobytes())))
 
     def leg_fingerprint(self, leg: str) -> str:
@@ -109,7 +116,7 @@ class TokenTable:
         arrays = [("prompt.values", self.prompts.values), ("prompt.offsets", self.prompts.offsets)]
         for name, leg in sorted(self.legs.items()):
             arrays += [(f"leg.{name}.values", leg.values), (f"leg.{name}.offsets", leg.offsets)]
-        return arrays
+        return arrays if self.labels is None else [*arrays, ("labels", self.labels)]
 
     def save(self, folder: Path) -> None:
         """Writes the arrays as ``.npy`` files."""
@@ -124,7 +131,12 @@ class TokenTable:
             return Ragged(*(np.load(folder / f"{name}.{part}.npy", mmap_mode="r") for part in ("values", "offsets")))
 
         legs = sorted(path.name.split(".")[1] for path in folder.glob("leg.*.values.npy"))
-        return TokenTable(ragged("prompt"), {leg: ragged(f"leg.{leg}") for leg in legs})
+        labels = folder / "labels.npy"
+        return TokenTable(
+            ragged("prompt"),
+            {leg: ragged(f"leg.{leg}") for leg in legs},
+            np.load(labels, mmap_mode="r") if labels.is_file() else None,
+        )
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from data.chat import Rendered, render
 from data.errors import DataError
+from data.shapes import MISMATCHED
 from objectives.rows import Row
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ class TokenRow:
     legs: Mapping[str, tuple[int, ...]]
     source: str
     index: int
+    label: bool | None = None
+    """Whether the completion is desirable; None where the data has no labels."""
+    group: str = ""
+    """``Row.group``."""
 
     @property
     def shared_length(self) -> int:
@@ -124,10 +129,7 @@ def require_legs(rows: Iterable[Row], legs: Sequence[str]) -> None:
         for leg in legs:
             if leg not in row.responses:
                 has = ", ".join(row.responses)
-                raise DataError(
-                    f"{row.where}: the objective needs a {leg!r} response and this row has only {has}; "
-                    f"use data with a {leg!r} column (data.columns maps names) or an objective that needs only {has}"
-                )
+                raise DataError(f"{row.where}: the objective needs a {leg} response and this row has only {has}")
 
 
 def _encode(
@@ -199,6 +201,8 @@ def _finish(
         legs={name: tuple(tokens) for name, tokens in short_legs.items()},
         source=row.source,
         index=row.index,
+        label=row.label,
+        group=row.group,
     )
 
 
@@ -228,11 +232,14 @@ def _terminate(tokens: list[int], chat: bool, tokenizer: PreTrainedTokenizerBase
 def _truncate(
     prompt: list[int], legs: dict[str, list[int]], policy: TokenPolicy, row: Row
 ) -> tuple[list[int], dict[str, list[int]]] | str:
-    """The row cut to ``max_length``, or the reason why it is dropped."""
-    longest = max(map(len, legs.values()))
+    """The row cut to ``max_length``, or the reason why it is dropped.
+
+    A mismatched response belongs to another row: it is cut to fit, and decides nothing.
+    """
+    longest = max(len(tokens) for name, tokens in legs.items() if name != MISMATCHED)
     limit = policy.max_length
     if len(prompt) + longest <= limit:
-        return prompt, legs
+        return prompt, {name: tokens[: limit - len(prompt)] for name, tokens in legs.items()}
     if policy.truncation == "raise":
         raise DataError(
             f"{row.where}: {len(prompt)} prompt and {longest} response tokens exceed data.max_length {limit}; "

@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_res
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from evals.curves import show_number, show_share
-from evals.ranking import METRICS
+from evals.metrics import METRICS
 from evals.redact import is_hub_id, public, scrub, shown_name
 from evals.results import Result, write_atomically
 from evals.run_files import RunFiles, read_run

@@ -160,7 +160,7 @@ def rank(pairs: Pairs) -> Ranking:
             "displacement/rejected_per_token": up_rejected / tokens_rejected,
         }
     found = {name: _share(values, prompts) for name, values in shares.items()}
-    found |= {name: _mean(values, prompts) for name, values in means.items()}
+    found |= {name: mean_of(values, prompts) for name, values in means.items()}
     return Ranking(estimates={name: found[name] for name in METRICS if name in found}, n_dropped=dropped)
 
 
@@ -214,7 +214,7 @@ def _share(values: np.ndarray, prompts: Sequence[Hashable]) -> Estimate:
     return replace(estimate, low=low, high=high, interval="wilson-over-prompts")
 
 
-def _mean(values: np.ndarray, prompts: Sequence[Hashable]) -> Estimate:
+def mean_of(values: np.ndarray, prompts: Sequence[Hashable]) -> Estimate:
     """Mean with a clustered t interval, for quantities that are not shares.
 
     Not ``mean_with_interval``: at step 0 every displacement is exactly 0, which it would take for a proportion. There

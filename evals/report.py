@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from evals.curves import SMOOTH_FROM, Series, panel, show_number, show_share, whisker
-from evals.ranking import METRICS
+from evals.metrics import METRICS
 from evals.redact import public, redact, scrub, shown_name
 from evals.results import Result, write_atomically
 from evals.run_files import RunFiles, read_run

@@ -129,7 +129,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "objective": " + ".join(entry.name for entry in recipe.objectives),
         "dataset": dataset_names(recipe),
         "dataset_hash": run.prepared.report["dataset_hash"],
-        "reference": recipe.reference.model if recipe.mixture.needs.reference else None,
+        "reference": recipe.reference.model if recipe.needs_reference else None,
         "template": template_fingerprint(run.tokenizer),
         "seed": recipe.train.seed,
         "steps": run.trainer.state.global_step,

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from evals.curves import show_number, show_share
-from evals.ranking import METRICS, Metric
+from evals.metrics import METRICS
+from evals.ranking import Metric
 from evals.redact import shown_name
 from evals.results import Result
 from evals.run_files import RunFiles

@@ -3,7 +3,7 @@
 ``python -m objectives`` lists them; ``python -m objectives show NAME`` prints one in full.
 """
 
-from objectives import dpo, sft
+from objectives import bco, dpo, kto, relabel, rpo, sft, token_weights, tpo
 from objectives.batch import Leg, LegBatch, masked_sum
 from objectives.mixture import Mixture, mixture
 from objectives.needs import Needs, Objective, Stateful
@@ -16,7 +16,10 @@ from objectives.registry import (
     TOKEN_WEIGHTS,
     Registry,
 )
-from objectives.rows import Message, Row, Text
+from objectives.relabel import LeftOut, Relabeler, RewardAugmented
+from objectives.rows import Candidate, Message, Row, Text
+from objectives.token_weights import AdaptiveWeight, MaskWeight, TokenWeight
+from objectives.weighting import Weighting, weighting
 
 __all__ = [
     "OBJECTIVES",
@@ -24,9 +27,13 @@ __all__ = [
     "RELABELERS",
     "REWARD_TRANSFORMS",
     "TOKEN_WEIGHTS",
+    "AdaptiveWeight",
+    "Candidate",
     "Counts",
+    "LeftOut",
     "Leg",
     "LegBatch",
+    "MaskWeight",
     "Mean",
     "Message",
     "Mixture",
@@ -34,12 +41,23 @@ __all__ = [
     "Objective",
     "Output",
     "Registry",
+    "Relabeler",
+    "RewardAugmented",
     "Row",
     "Stateful",
     "Term",
     "Text",
+    "TokenWeight",
+    "Weighting",
+    "bco",
     "dpo",
+    "kto",
     "masked_sum",
     "mixture",
+    "relabel",
+    "rpo",
     "sft",
+    "token_weights",
+    "tpo",
+    "weighting",
 ]

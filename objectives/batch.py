@@ -64,13 +64,16 @@ class Leg:
         if self.weight is None:
             return -self.sum_logps()
         # A weight of zero also drops tokens whose log-prob is −inf: 0 · inf would be NaN.
-        counted = self.mask & (self.weight != 0)
+        counted = self.counted()
         return -masked_sum(torch.where(counted, self.logps, 0.0) * self.weight, counted)
 
-    def counted_tokens(self) -> float:
-        """How many tokens likelihood terms average over: those of ``mask`` whose weight is not zero."""
-        counted = self.mask if self.weight is None else self.mask & (self.weight != 0)
-        return float(counted.sum())
+    def counted(self) -> Bool[Tensor, "row token"]:
+        """The tokens that likelihood terms average over: those of ``mask`` whose weight is not zero."""
+        return self.mask if self.weight is None else self.mask & (self.weight != 0)
+
+    def mean_nll(self) -> Float[Tensor, " row"]:
+        """``nll`` per counted token of the row, nats; 0 where none is counted."""
+        return self.nll() / self.counted().sum(dim=-1).to(self.logps.dtype).clamp(min=1)
 
 
 def _no_state() -> Mapping[str, Tensor]:
@@ -79,9 +82,13 @@ def _no_state() -> Mapping[str, Tensor]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LegBatch:
-    """The legs of some rows, and the objective's state as it was after the step before."""
+    """The legs of some rows, what is known of each row, and the objective's state after the step before."""
 
     legs: Mapping[str, Leg]
+    labels: Bool[Tensor, " row"] | None = None
+    """True for desirable rows; None unless the objective needs labels."""
+    density_ratio: Float[Tensor, " row"] | None = None
+    """p(prompt | desirable) / p(prompt | undesirable), > 0; None unless the objective needs it."""
     state: Mapping[str, Tensor] = field(default_factory=_no_state)
 
     def __getitem__(self, name: str) -> Leg:
@@ -92,6 +99,17 @@ class LegBatch:
     def __iter__(self) -> Iterator[str]:
         return iter(self.legs)
 
+    def known(self, name: str) -> Tensor:
+        """``labels`` or ``density_ratio``.
+
+        Raises:
+            ValueError: it was not supplied.
+        """
+        values = getattr(self, name)
+        if values is None:
+            raise ValueError(f"the rows have no {name} here; the objective must declare it in Needs")
+        return values
+
     @property
     def rows(self) -> int:
         """How many rows the batch holds."""
@@ -99,5 +117,5 @@ class LegBatch:
 
     def counts(self) -> Counts:
         """What this batch holds of each unit a term can be averaged over."""
-        tokens = {f"{name}.token": leg.counted_tokens() for name, leg in self.legs.items()}
+        tokens = {f"{name}.token": float(leg.counted().sum()) for name, leg in self.legs.items()}
         return {"row": float(self.rows), **tokens}

@@ -40,3 +40,42 @@ def preference_metrics(
         if batch[name].ref_logps is not None:
             metrics[f"displacement/{name}"] = Mean.of(batch[name].logratio())
     return metrics
+
+
+def response_metrics(batch: LegBatch, legs: tuple[str, ...]) -> dict[str, Mean]:
+    """Lengths of these legs in tokens, and the summed log-probs of those that no pairwise metric covers."""
+    lengths = {f"lengths/{name}": Mean.of(batch[name].length()) for name in legs}
+    return lengths | {f"logps/{name}": Mean.of(batch[name].sum_logps()) for name in legs if name == "gold"}
+
+
+def label_metrics(
+    batch: LegBatch, rewards: Float[Tensor, " row"], threshold: Float[Tensor, ""], scale: float
+) -> dict[str, Mean]:
+    """What every objective on labelled responses logs.
+
+    Args:
+        batch: supplies labels and the ``completion`` leg.
+        rewards: of the completions.
+        threshold: the reward that divides what is taken for desirable from what is not.
+        scale: what a nat of summed log-prob is worth in rewards (β).
+    Returns:
+        Rewards of desirable (``chosen``) and undesirable (``rejected``) rows, the share of rows whose reward lies on
+        their label's side of the threshold (a tie counts one half), the threshold, the share of desirable rows,
+        log-ratios and summed log-probs by class.
+    """
+    leg, desirable, rewards = batch["completion"], batch.known("labels"), rewards.detach()
+    noise = FLOAT32_SUM * scale * leg.sum_logps().detach().abs()
+    distance = torch.where(desirable, rewards - threshold, threshold - rewards)
+    wins = torch.where(distance.abs() <= noise, 0.0, torch.sign(distance))
+    ratios = leg.logratio()
+    return {
+        "rewards/chosen": Mean.of(rewards[desirable]),
+        "rewards/rejected": Mean.of(rewards[~desirable]),
+        "rewards/accuracies": Mean.of((wins + 1) / 2),
+        "rewards/threshold": Mean(total=threshold.detach() * batch.rows, count=float(batch.rows)),
+        "labels/desirable": Mean.of(desirable.to(rewards)),
+        "displacement/chosen": Mean.of(ratios[desirable]),
+        "displacement/rejected": Mean.of(ratios[~desirable]),
+        "logps/chosen": Mean.of(leg.sum_logps()[desirable]),
+        "logps/rejected": Mean.of(leg.sum_logps()[~desirable]),
+    }

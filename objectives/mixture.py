@@ -34,7 +34,16 @@ class Mixture:
         """The union of what the parts need, legs in order of first mention."""
         each = [part.needs for part in self.parts.values()]
         legs = dict.fromkeys(leg for needs in each for leg in needs.legs)
-        return Needs(legs=tuple(legs), reference=any(needs.reference for needs in each))
+        encoders = dict.fromkeys(needs.density_ratio for needs in each if needs.density_ratio is not None)
+        if len(encoders) > 1:
+            raise ValueError(f"all objectives must take one prompt encoder, got {', '.join(map(repr, encoders))}")
+        return Needs(
+            legs=tuple(legs),
+            reference=any(needs.reference for needs in each),
+            labels=any(needs.labels for needs in each),
+            density_ratio=next(iter(encoders), None),
+            likelihood=tuple(leg for leg in legs if any(leg in needs.likelihood for needs in each)),
+        )
 
     @property
     def step0(self) -> float | None:
@@ -47,12 +56,15 @@ class Mixture:
         return total
 
     def view(self, name: str, batch: LegBatch) -> LegBatch:
-        """The batch as part ``name`` may see it: its legs, its state, and a reference only if declared."""
+        """The batch as part ``name`` may see it: its legs, its state, and of all else only what it declared."""
         needs = self.parts[name].needs
-        legs = {leg: batch[leg] if needs.reference else replace(batch[leg], ref_logps=None) for leg in needs.legs}
         prefix = f"{name}/"
-        state = {key.removeprefix(prefix): value for key, value in batch.state.items() if key.startswith(prefix)}
-        return LegBatch(legs=legs, state=state)
+        return LegBatch(
+            legs={leg: batch[leg] if needs.reference else replace(batch[leg], ref_logps=None) for leg in needs.legs},
+            labels=batch.labels if needs.labels else None,
+            density_ratio=batch.density_ratio if needs.density_ratio is not None else None,
+            state={key.removeprefix(prefix): value for key, value in batch.state.items() if key.startswith(prefix)},
+        )
 
     def __call__(self, batch: LegBatch) -> Output:
         outputs = {name: part(self.view(name, batch)) for name, part in self.parts.items()}

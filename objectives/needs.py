@@ -20,6 +20,12 @@ class Needs:
     """Names of the responses, e.g. ``("chosen", "rejected")``."""
     reference: bool = False
     """Whether the frozen reference's log-probs are read."""
+    labels: bool = False
+    """Whether each row's label (desirable or not) is read."""
+    density_ratio: str | None = None
+    """Encoder of prompts, where the rows' density ratio is read: ``policy``, a Hub id or a folder; None where not."""
+    likelihood: tuple[str, ...] = ()
+    """Legs whose likelihood is a term of the loss: those that token weights act on."""
 
 
 @runtime_checkable  # what Mixture holds is checked in tests, as shapes are
@@ -27,6 +33,8 @@ class Objective(Protocol):
     """A frozen dataclass whose fields are its recipe keys and whose call is its formula.
 
     ``step0`` is the loss where policy equals reference, whatever the data, or None where no such constant exists.
+    One whose fields have no argument-free default offers ``example()``; one in which a key has no effect beside
+    certain others says so in ``idle() -> {key: why}``.
     """
 
     @property

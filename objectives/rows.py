@@ -19,6 +19,14 @@ def _no_scores() -> Mapping[str, float]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One of several responses to a prompt, with its score."""
+
+    text: Text
+    score: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One prompt and the responses to it.
 
@@ -28,9 +36,15 @@ class Row:
     prompt: Text
     """Everything the responses share. Plain text goes up to and including its last marker."""
     responses: Mapping[str, Text]
-    """Response by leg name: ``chosen``, ``rejected``, ``gold``. Plain text keeps its leading space."""
+    """Response by leg name: ``chosen``, ``rejected``, ``gold``, ``completion``. Plain text keeps its leading space."""
     scores: Mapping[str, float] = field(default_factory=_no_scores)
     """Score by leg name, where the data has scores."""
+    label: bool | None = None
+    """Whether the ``completion`` is desirable (thumbs up); None where the data has no labels."""
+    candidates: tuple[Candidate, ...] = ()
+    """Scored responses that a rule has not yet turned into legs; empty afterwards."""
+    group: str = ""
+    """What evaluation reports apart: rows of one group are also measured on their own."""
     source: str = ""
     """Where the row came from, as the user wrote it."""
     index: int = 0

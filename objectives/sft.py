@@ -36,7 +36,7 @@ class SFT:
 
     @property
     def needs(self) -> Needs:
-        return Needs(legs=(self.leg,))
+        return Needs(legs=(self.leg,), likelihood=(self.leg,))
 
     def __call__(self, batch: LegBatch) -> Output:
         leg = batch[self.leg]

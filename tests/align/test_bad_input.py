@@ -254,7 +254,7 @@ OBJECTIVES = [
     Case(
         name="an objective the data can't serve",
         words="--objective sft",
-        says=["rows.jsonl, row 0", "'gold'", "data.columns maps names"],
+        says=["rows.jsonl, row 0", "a gold response", "data.columns maps names"],
     ),
 ]
 

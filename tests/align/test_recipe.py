@@ -25,7 +25,7 @@ def test_the_command_line_wins_and_sections_may_be_left_out(tmp_path: Path):
     )
     recipe = read_recipe(path, ["--learning_rate", "1e-6", "--beta=0.2", "--train.rows_per_step", "16", "--as_chat"])
     assert recipe.train.learning_rate == 1e-6
-    assert recipe.objectives[0].objective.beta == 0.2
+    assert recipe.objectives[0].built.beta == 0.2
     assert recipe.train.rows_per_step == 16
     assert recipe.data.as_chat is True
     # PyYAML reads 5e-7 as text; it is converted by the field's type.

@@ -8,7 +8,7 @@ import pytest
 
 from data.errors import DataError
 from data.formats import FORMATS, RowProblem, recognise, to_row
-from objectives.rows import Row
+from objectives.rows import Candidate, Row
 
 
 def user(text):
@@ -35,6 +35,7 @@ def row(raw, **options) -> Row:
 PAIR = {"prompt": "2+2 is", "chosen": " 4", "rejected": " 5"}
 HH = {"chosen": "\n\nHuman: hi\n\nAssistant: hello", "rejected": "\n\nHuman: hi\n\nAssistant: go"}
 CHAT = {"prompt": [user("hi")], "chosen": [assistant("hello")], "rejected": [assistant("go")]}
+UNPAIRED = {"prompt": "q", "completion": " a", "label": True}
 SCORED = {"prompt": "q", "responses": [{"text": t, "score": s} for t, s in (("mid", 0.5), ("low", 0), ("top", 0.9))]}
 
 
@@ -51,7 +52,12 @@ SCORED = {"prompt": "q", "responses": [{"text": t, "score": s} for t, s in (("mi
         (SCORED, "scored"),
         ({"prompt": "q", "responses": ["a", "b"], "scores": [1, 2.5]}, "scored"),
         (PAIR | SCORED, "paired"),
+        ({"prompt": "q", "completion": "a", "label": True}, "unpaired"),
+        ({"prompt": "q", "completion": "a", "label": "0"}, "unpaired"),
+        ({"prompt": [user("q")], "completion": [assistant("a")], "label": 1}, "unpaired"),
+        (PAIR | {"completion": "a", "label": True}, "paired"),
         ({"prompt": "q", "completion": "a"}, "prompt_completion"),
+        ({"prompt": "q", "completion": "a", "label": [1]}, "prompt_completion"),
         ({"prompt": [user("q")], "completion": [assistant("a")], "id": 3}, "prompt_completion"),
         ({"messages": [user("q"), assistant("a")]}, "messages"),
     ],
@@ -63,9 +69,12 @@ def test_formats_are_recognised(raw, name):
     assert raw == before
 
 
+EVERYTHING = PAIR | SCORED | {"completion": "c", "messages": [], "label": True}
+
+
 def test_every_format_is_reached_by_name():
     for name in FORMATS:
-        assert recognise([PAIR | SCORED | {"completion": "c", "messages": []}], where="d", name=name).name == name
+        assert recognise([EVERYTHING], where="d", name=name).name == name
 
 
 def test_strings_stay_as_they_are():
@@ -154,17 +163,108 @@ def test_messages_keep_what_templates_read_and_lose_what_arrow_added():
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
-def test_scored_lists_give_best_and_worst_in_any_order(order):
-    result = row(SCORED | {"responses": [SCORED["responses"][i] for i in order]})
-    assert result.responses == {"chosen": "top", "rejected": "low", "gold": "top"}
-    assert result.scores == {"chosen": 0.9, "rejected": 0.0, "gold": 0.9}
+def test_scored_lists_are_candidates_best_first_in_any_order(order):
+    result = row(SCORED | {"responses": [SCORED["responses"][i] | {"model": "m", "n": 3} for i in order]})
+    assert [(each.text, each.score) for each in result.candidates] == [("top", 0.9), ("mid", 0.5), ("low", 0.0)]
+    assert (result.responses, result.scores, result.label) == ({}, {}, None)
+
+
+def test_equal_scores_keep_their_order():
+    result = row({"prompt": "q", "responses": list("abcd"), "scores": [1, 2, 1, 2]})
+    assert [each.text for each in result.candidates] == list("bdac")
 
 
 def test_scored_parallel_lists_pass_over_empty_responses():
-    result = row({"prompt": "q", "responses": ["", "a", "b"], "scores": [0, 1, 2]})
-    assert result.responses["rejected"] == "a"
-    chat = row({"prompt": [user("q")], "responses": ["a", "b"], "scores": [1, 2]})
-    assert chat.responses["chosen"] == (assistant("b"),)
+    result = row({"prompt": "q", "responses": ["", "a", "b"], "scores": [0, 1, "2"]})
+    assert result.candidates == (Candidate(text="b", score=2.0), Candidate(text="a", score=1.0))
+
+
+@pytest.mark.parametrize("text", ["b", [assistant("b")], [user("q"), assistant("b")]])
+def test_scored_responses_to_messages_are_turns(text):
+    raw = {"prompt": [user("q")], "responses": [{"text": "a", "score": 1}, {"text": text, "score": 2}], "gold": "g"}
+    result = row(raw)
+    assert result.prompt == (user("q"),)
+    assert [each.text for each in result.candidates] == [(assistant("b"),), (assistant("a"),)]
+    assert result.responses == {"gold": (assistant("g"),)}
+
+
+def test_scored_lists_as_chat_and_with_a_gold_response_of_their_own():
+    result = row(SCORED | {"reference": " g", "score_gold": 2, "score_chosen": 1}, as_chat=True)
+    assert result.prompt == (user("q"),)
+    assert [each.text for each in result.candidates] == [(assistant(text),) for text in ("top", "mid", "low")]
+    assert (result.responses, result.scores) == ({"gold": (assistant("g"),)}, {"gold": 2.0})
+
+
+LABELS = [(True, True), (False, False), (1, True), (0, False), (1.0, True), ("1", True), ("0", False)]
+LABELS += [("true", True), ("false", False), ("True", True), (" FALSE ", False)]
+
+
+@pytest.mark.parametrize(("written", "label"), LABELS)
+def test_labels(written, label):
+    result = row(UNPAIRED | {"label": written})
+    assert result.label is label
+    assert (result.prompt, result.responses) == ("q", {"completion": " a"})
+
+
+@pytest.mark.parametrize("prompt", ["q", [user("q")]])
+@pytest.mark.parametrize("completion", [[assistant("a")], [user("q"), assistant("a")], assistant("a")])
+def test_unpaired_messages(prompt, completion):
+    result = row({"prompt": prompt, "completion": completion, "label": False})
+    assert (result.prompt, result.responses) == ((user("q"),), {"completion": (assistant("a"),)})
+    assert result.label is False
+
+
+def test_unpaired_text_next_to_messages_and_as_chat():
+    for result in (row(UNPAIRED | {"prompt": [user("q")], "completion": "a"}), row(UNPAIRED, as_chat=True)):
+        assert (result.prompt, result.responses, result.label) == (
+            (user("q"),),
+            {"completion": (assistant("a"),)},
+            True,
+        )
+
+
+def test_labels_are_passed_over_on_request():
+    result = row(UNPAIRED | {"label": "sports"}, name="prompt_completion")
+    assert (result.responses, result.label) == ({"gold": " a"}, None)
+
+
+TEXT = {"chosen": "Q: x A: yes", "rejected": "Q: x A: no"}
+CONVERSATION = {"chosen": [user("hi"), assistant("a")], "rejected": [user("hi"), assistant("b")]}
+
+
+@pytest.mark.parametrize("column", ["gold", "reference"])
+@pytest.mark.parametrize("as_chat", [False, True])
+@pytest.mark.parametrize(
+    ("raw", "gold", "text", "chat"),
+    [
+        (PAIR, " four", " four", "four"),
+        (HH, HH["chosen"].replace("hello", "good"), " good", "good"),
+        (HH, " good", " good", "good"),
+        (TEXT, "Q: x A: maybe", " maybe", "maybe"),
+        (TEXT, " maybe", " maybe", "maybe"),
+        (CHAT, "good", None, "good"),
+        (CHAT, [assistant("good")], None, "good"),
+        (CHAT, [user("hi"), assistant("good")], None, "good"),
+        (CONVERSATION, "good", None, "good"),
+        (CONVERSATION, [assistant("good")], None, "good"),
+        (CONVERSATION, [user("hi"), assistant("good")], None, "good"),
+        (CONVERSATION | {"prompt": "hi"}, [user("hi"), assistant("good")], None, "good"),
+        (CONVERSATION | {"prompt": "hi"}, "good", None, "good"),
+    ],
+)
+def test_triples_in_every_paired_format(raw, gold, text, chat, as_chat, column):
+    result = row(raw | {column: gold, "score_gold": 9, "chosen_score": 8}, as_chat=as_chat)
+    assert list(result.responses) == ["chosen", "rejected", "gold"]
+    assert result.responses["gold"] == (text if text is not None and not as_chat else (assistant(chat),))
+    assert result.scores == {"gold": 9.0, "chosen": 8.0}
+    without = row(raw, as_chat=as_chat)
+    assert result.prompt == without.prompt
+    assert {**result.responses, **without.responses} == result.responses, "gold changes nothing else"
+
+
+def test_a_reference_stands_in_for_a_missing_gold():
+    assert row(PAIR | {"gold": None, "reference": " r"}).responses["gold"] == " r"
+    assert row(PAIR | {"gold": " g", "reference": " r"}).responses["gold"] == " g"
 
 
 def test_a_row_without_gold_is_a_row_without_that_leg():
@@ -234,8 +334,33 @@ TRANSCRIPT = "\n\nHuman: q\n\nAssistant:"
         ),
         (HH, HH | {"chosen": "\n\nHuman: hi\n\nAssistant: "}, "empty chosen response"),
         (HH, HH | {"gold": TRANSCRIPT + " other"}, "gold has another prompt than chosen and rejected"),
-        (SCORED, SCORED | {"responses": SCORED["responses"][:1]}, "fewer than two responses that aren't empty"),
-        (SCORED, SCORED | {"responses": [SCORED["responses"][0]] * 2}, "all responses have the same score"),
+        (SCORED, SCORED | {"responses": []}, "no response that isn't empty"),
+        (SCORED, SCORED | {"responses": [{"text": " ", "score": 1}]}, "no response that isn't empty"),
+        (
+            SCORED,
+            SCORED | {"prompt": [user("q")], "responses": [{"text": [user("x")], "score": 1}]},
+            "the last turn of a response is not the assistant's",
+        ),
+        (
+            SCORED,
+            SCORED | {"responses": [{"text": "\ud83d", "score": 1}]},
+            "a response holds half of a character (a lone surrogate)",
+        ),
+        (SCORED, SCORED | {"gold": 3}, "gold is neither text nor messages"),
+        (UNPAIRED, UNPAIRED | {"label": None}, "no label"),
+        (UNPAIRED, UNPAIRED | {"label": 2}, "label is neither true nor false"),
+        (UNPAIRED, UNPAIRED | {"label": 0.5}, "label is neither true nor false"),
+        (UNPAIRED, UNPAIRED | {"label": float("nan")}, "label is neither true nor false"),
+        (UNPAIRED, UNPAIRED | {"label": "yes"}, "label is neither true nor false"),
+        (UNPAIRED, UNPAIRED | {"label": ""}, "label is neither true nor false"),
+        (UNPAIRED, UNPAIRED | {"label": [1]}, "label is neither true nor false"),
+        (UNPAIRED, UNPAIRED | {"completion": None}, "no completion"),
+        (UNPAIRED, UNPAIRED | {"completion": " "}, "empty completion response"),
+        (
+            UNPAIRED,
+            UNPAIRED | {"prompt": [user("q")], "completion": [user("a")]},
+            "the last turn of completion is not the assistant's",
+        ),
         (SCORED, SCORED | {"responses": [{"text": "a"}, {"text": "b"}]}, "a response without text or score"),
         (SCORED, SCORED | {"responses": [{"text": None, "score": 1}]}, "a response that is not text"),
         (SCORED, SCORED | {"responses": None}, "responses is not a list"),
@@ -275,6 +400,12 @@ def test_transcripts_with_something_before_the_first_turn_have_no_messages():
         ({"prompt": "q", "choosen": "b", "rejected": "w"}, "chosen: choosen"),
         ({"preferred": "x b", "dispreferred": "x w"}, "chosen: preferred, rejected: dispreferred"),
         ({"query": "q", "answer": "a", "n": 3}, "prompt: query, completion: answer"),
+        (
+            {"query": "q", "answer": "a", "thumbs_up": True},
+            "prompt: query, completion: answer, label: thumbs_up",
+        ),
+        ({"prompt": "q", "output": "a", "is_good": 1}, "completion: output, label: is_good"),
+        ({"prompt": "q", "output": "a", "preference": None}, "completion: output, label: preference"),
         ({"question": "q", "answers": ["a", "b"], "ratings": [1, 2]}, "prompt: question, responses: answers, scores: "),
         ({"conversations": [user("q"), assistant("a")]}, "messages: conversations"),
     ],
@@ -293,7 +424,8 @@ def test_when_nothing_fits_the_error_is_one_sentence():
     assert str(caught.value) == (
         "d.jsonl: found columns 'question' (text), 'better' (text), 'worse' (text); expected prompt + chosen + "
         "rejected (or chosen + rejected that begin with the prompt; prompt + responses [{text, score}, …]; prompt + "
-        "completion; messages); set data.columns: {prompt: question, chosen: better, rejected: worse}"
+        "completion, with or without label; messages); set data.columns: {prompt: question, chosen: better, rejected: "
+        "worse}"
     )
 
 
@@ -306,7 +438,6 @@ def test_when_nothing_fits_the_error_is_one_sentence():
             {"a": {"b": 1}, "c": [{"from": "x", "value": "y"}], "d": []},
             "'a' ({b}), 'c' (list of {from, value}), 'd' (em",
         ),
-        ({"prompt": "q", "completion": "a", "label": True}, "unpaired rows with labels need an objective"),
         ("just text", "found no columns"),
     ],
 )

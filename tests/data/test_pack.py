@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align.masks import attention_mask
-from data.pack import PADDING, PackedBatch, PackedLeg, pack
+from data.pack import PADDING, Known, PackedBatch, PackedLeg, pack
 from data.store import Ragged, TokenTable
 from data.tokens import TokenRow
 from tests.align.tiny import random_table
@@ -97,18 +97,18 @@ def test_reference_log_probs_stand_beside_their_tokens(share):
         name: Ragged(-np.array([t for _, legs in ROWS for t in legs[name]], dtype=np.float32), leg.offsets)
         for name, leg in TABLE.legs.items()
     }
-    batch = pack(TABLE, [1, 0], share=share, counts=COUNTS, references=references)
+    batch = pack(TABLE, [1, 0], share=share, counts=COUNTS, known=Known(references=references))
     for leg in batch.legs.values():
         assert leg.ref_logps is not None
         assert leg.ref_logps.dtype == torch.float32
         assert torch.equal(leg.ref_logps, -leg.tokens.float())
-    dummy = pack(TABLE, [], share=share, counts=COUNTS, references=references)
+    dummy = pack(TABLE, [], share=share, counts=COUNTS, known=Known(references=references))
     assert dummy.legs["a"].ref_logps.shape == (0, 1)
 
 
 def test_moving_keeps_everything():
     references = {name: Ragged(leg.values.astype(np.float32), leg.offsets) for name, leg in TABLE.legs.items()}
-    batch = pack(TABLE, [0, 1], share=True, counts=COUNTS, references=references)
+    batch = pack(TABLE, [0, 1], share=True, counts=COUNTS, known=Known(references=references))
     moved = batch.to("meta")
 
     def same(old, new):
@@ -196,3 +196,24 @@ def test_the_mask_is_the_rule(seed, taken, kind, window):
         for line in range(lines)
     ]
     assert mask[:, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_what_is_known_of_rows_stands_beside_them(share):
+    """Labels, density ratios and token masks, in the order of the batch; a dummy has none of them but their shapes."""
+    table = TokenTable(TABLE.prompts, TABLE.legs, np.array([True, False]))
+    kept = {"a": Ragged((np.asarray(TABLE.legs["a"].values) % 2).astype(np.uint8), TABLE.legs["a"].offsets)}
+    known = Known(kept=kept, density_ratio=np.array([0.5, 2.0]))
+    batch = pack(table, [1, 0], share=share, counts=COUNTS, known=known)
+    assert batch.labels is not None
+    assert batch.labels.tolist() == [False, True]
+    assert batch.density_ratio is not None
+    assert batch.density_ratio.tolist() == [2.0, 0.5]
+    leg = batch.legs["a"]
+    assert leg.weight is not None
+    assert torch.equal(leg.weight[leg.mask], (leg.tokens[leg.mask] % 2).float())
+    assert batch.legs["b"].weight is None
+    dummy = pack(table, [], share=share, counts=COUNTS, known=known)
+    assert dummy.labels is not None
+    assert dummy.density_ratio is not None
+    assert len(dummy.labels) == len(dummy.density_ratio) == 0

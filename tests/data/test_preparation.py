@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 from collections import Counter
@@ -13,8 +14,11 @@ from hypothesis import strategies as st
 import data.preparation as preparation
 from data.errors import DataError
 from data.preparation import hold_out, prepare, read_sources, tokenizer_fingerprint
-from data.sources import Source
+from data.shapes import Rule, arrange
+from data.sources import Source, load_rows
 from data.tokens import TokenPolicy
+from objectives.registry import RELABELERS
+from objectives.relabel import LeftOut
 from objectives.rows import Row
 from tests.data.byte_level import byte_level
 from tests.data.preparing import a_spec, prepare_slowly
@@ -84,6 +88,12 @@ def test_what_is_held_out_depends_on_the_seed_alone():
     rows = rows_of(range(100))
     assert hold_out(rows, 0.2, 3) == hold_out(rows, 0.2, 3)
     assert hold_out(rows, 0.2, 3) != hold_out(rows, 0.2, 4)
+
+
+def test_more_than_one_prompt_can_be_asked_for():
+    rows = rows_of(range(10))
+    for least, share, expected in ((1, 0.05, 1), (2, 0.05, 2), (2, 0.95, 8), (9, 0.05, 5), (2, 0.0, 0)):
+        assert len(hold_out(rows, share, 0, least=least)[1]) == expected
 
 
 def test_messages_are_prompts_too():
@@ -231,6 +241,249 @@ def test_two_processes_prepare_once(tmp_path):
     assert len({(tmp_path / f"log.{process.pid}").read_text() for process in processes}) == 1
 
 
+# Labels, rules and relabelers
+
+
+UNPAIRED = [{"prompt": f"{i}+1 is", "completion": f" {i + i % 2}", "label": i % 2 == 1} for i in range(20)]
+SCORED = [
+    {"prompt": f"{i}+1 is", "responses": [{"text": f" {i + j}", "score": (j * i) % 7 / 7} for j in range(5)]}
+    for i in range(20)
+]
+LABELS = {"legs": ("completion",), "labels": True}
+KTO = {"legs": ("completion", "mismatched"), "labels": True}
+
+
+def texts_of(split):
+    tokenizer = byte_level()
+    names = ["prompt", *split.table.legs]
+    tables = [split.table.prompts, *split.table.legs.values()]
+    return [
+        dict(zip(names, [tokenizer.decode(table[i], skip_special_tokens=True) for table in tables], strict=True))
+        for i in range(len(split.table))
+    ]
+
+
+def test_labels_reach_tables_and_report(tmp_path):
+    prepared = prepare(a_spec(write(tmp_path / "a.jsonl", UNPAIRED), **LABELS), byte_level())
+    for split in (prepared.train, prepared.eval):
+        assert split.table.labels.tolist() == [UNPAIRED[index]["label"] for _, index in split.where]
+        assert split.groups == [""] * len(split.table)
+    labels = prepared.train.table.labels
+    assert prepared.report["labels"] == {"desirable": int(labels.sum()), "undesirable": int((~labels).sum())}
+    assert prepared.report["formats"] == ["unpaired"]
+    assert prepare(a_spec(write(tmp_path / "a.jsonl")), byte_level()).report["labels"] is None
+
+
+def test_pairs_serve_objectives_with_labels(tmp_path):
+    prepared = prepare(a_spec(write(tmp_path / "a.jsonl"), **LABELS), byte_level())
+    assert prepared.report["labels"] == {"desirable": 15, "undesirable": 15}
+    assert prepared.report["rows"] == {"read": 20, "kept": 40, "train": 30, "eval": 10}
+    assert prepared.report["shaped"] == {"rows_read": 20, "rows_arranged": 40, "rows_relabelled": 40, "rule": None}
+    assert prepared.report["dropped_share"] == 0
+    for row, label, (_, index) in zip(
+        texts_of(prepared.train), prepared.train.table.labels, prepared.train.where, strict=True
+    ):
+        assert row == {"prompt": PAIRS[index]["prompt"], "completion": PAIRS[index]["chosen" if label else "rejected"]}
+    assert not prompts_of(prepared.train) & prompts_of(prepared.eval)
+
+
+def test_mismatched_responses_are_of_their_own_side(tmp_path):
+    prepared = prepare(a_spec(write(tmp_path / "a.jsonl", UNPAIRED), eval_share=0.05, **KTO), byte_level())
+    assert prepared.report["rows"]["eval"] == 2, "one prompt could not be mismatched"
+    for split in (prepared.train, prepared.eval):
+        rows = texts_of(split)
+        assert sorted(row["mismatched"] for row in rows) == sorted(row["completion"] for row in rows)
+    assert prepared.report["duplicate_rows"] == 0
+
+
+def test_a_row_that_occurs_twice_is_counted_whatever_its_mismatched_response(tmp_path):
+    spec = a_spec(write(tmp_path / "a.jsonl", [*UNPAIRED, UNPAIRED[0]]), eval_share=0.0, **KTO)
+    assert prepare(spec, byte_level()).report["duplicate_rows"] == 1
+
+
+@pytest.mark.parametrize(
+    "rule", [Rule(), Rule(name="margin", margin=0.3), Rule(name="threshold", threshold=0.5)], ids=lambda rule: rule.name
+)
+def test_rules_reach_tables_and_report(tmp_path, rule):
+    prepared = prepare(a_spec(write(tmp_path / "a.jsonl", SCORED), rule=rule, eval_share=0.0), byte_level())
+    report = prepared.report
+    assert report["shaped"]["rule"] == rule.name
+    assert (
+        report["rows"]["read"] == 20 == len({index for _, index in prepared.train.where}) + len(report["dropped_rows"])
+    )
+    assert report["rows"]["train"] == report["shaped"]["rows_arranged"] == len(prepared.train.table)
+    assert report["dropped_share"] == pytest.approx(len(report["dropped_rows"]) / 20)
+    expected = [
+        {"prompt": row.prompt, **row.responses}
+        for row in arrange(
+            load_rows(Source(dataset_name=str(tmp_path / "a.jsonl"))).rows,
+            legs=("chosen", "rejected"),
+            labels=False,
+            rule=rule,
+            seed=0,
+        )[0]
+    ]
+    assert texts_of(prepared.train) == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "spec", "changed"),
+    [
+        (SCORED, {}, {"rule": Rule(name="best_vs_random")}),
+        (SCORED, {}, {"rule": Rule(margin=0.8)}),
+        (SCORED, {"rule": Rule(name="threshold", threshold=0.5)}, {"rule": Rule(name="threshold", threshold=0.7)}),
+        (SCORED, {}, LABELS),
+        (UNPAIRED, LABELS, KTO),
+        (UNPAIRED, LABELS, {"relabel": (lambda row: [dataclasses.replace(row, label=not row.label)],)}),
+        (PAIRS, {}, {"relabel": (lambda row: [dataclasses.replace(row, group="g")],)}),
+    ],
+    ids=["rule", "margin", "threshold", "labels", "mismatched", "relabelled labels", "groups"],
+)
+def test_the_key_sees_what_rows_become(tmp_path, tokenized, rows, spec, changed):
+    path = write(tmp_path / "a.jsonl", rows)
+    prepare(a_spec(path, **spec), byte_level())
+    prepare(a_spec(path, **spec), byte_level())
+    assert len(tokenized) == 2
+    prepare(a_spec(path, **{**spec, **changed}), byte_level())
+    assert len(tokenized) == 4
+
+
+def test_the_key_sees_a_label(tmp_path, tokenized):
+    path = write(tmp_path / "a.jsonl", UNPAIRED)
+    before = prepare(a_spec(path, **LABELS), byte_level())
+    write(path, [UNPAIRED[0] | {"label": True}, *UNPAIRED[1:]])
+    assert prepare(a_spec(path, **LABELS), byte_level()).report["dataset_hash"] != before.report["dataset_hash"]
+    assert len(tokenized) == 4
+
+
+def swapped(row):
+    """Pairs of even number as they are and the other way round; of odd number not at all."""
+    if row.index % 2:
+        raise LeftOut("odd")
+    responses = {"chosen": row.responses["rejected"], "rejected": row.responses["chosen"]}
+    return [row, dataclasses.replace(row, prompt="not: " + row.prompt, responses=responses, group="swapped")]
+
+
+def test_relabelers_run_after_prompts_are_held_out(tmp_path):
+    spec = a_spec(write(tmp_path / "a.jsonl"), relabel=(swapped,), max_dropped_share=0.5)
+    prepared = prepare(spec, byte_level())
+    report = prepared.report
+    assert report["dropped"] == {"odd": 10}
+    assert report["dropped_share"] == 0.5
+    assert report["shaped"] == {"rows_read": 20, "rows_arranged": 20, "rows_relabelled": 20, "rule": None}
+    assert report["rows"] == {
+        "read": 20,
+        "kept": 20,
+        "train": len(prepared.train.table),
+        "eval": len(prepared.eval.table),
+    }
+    for split in (prepared.train, prepared.eval):
+        for row, group, (_, index) in zip(texts_of(split), split.groups, split.where, strict=True):
+            assert group == ("swapped" if row["prompt"].startswith("not: ") else "")
+            assert row["prompt"].removeprefix("not: ") == PAIRS[index]["prompt"]
+    plain = [{row["prompt"].removeprefix("not: ") for row in texts_of(s)} for s in (prepared.train, prepared.eval)]
+    assert plain[0].isdisjoint(plain[1])
+
+
+def test_relabelers_follow_each_other(tmp_path):
+    again = (lambda row: [dataclasses.replace(row, group=row.group + "x")],) * 2
+    prepared = prepare(a_spec(write(tmp_path / "a.jsonl"), relabel=again), byte_level())
+    assert set(prepared.train.groups) == {"xx"}
+
+
+def test_relabelers_get_the_legs_they_rewrite_and_may_refuse(tmp_path):
+    """From scored lists too, where the objective takes the best response alone."""
+    relabel = (RELABELERS["reward_augmented"](form="text", lowest=0.0, highest=1.0),)
+    prepared = prepare(a_spec(write(tmp_path / "a.jsonl", SCORED), relabel=relabel, legs=("chosen",)), byte_level())
+    assert set(prepared.train.groups) == {"goal=chosen", "goal=rejected"}
+    assert refused(a_spec(write(tmp_path / "b.jsonl"), relabel=relabel)).startswith(f"{tmp_path / 'b.jsonl'}, row ")
+    said = refused(a_spec(write(tmp_path / "a.jsonl", SCORED), relabel=relabel, **LABELS))
+    assert said.startswith("relabel rewrites chosen and rejected, and the objective learns from single labelled")
+
+
+def test_weights_apply_to_what_rows_become(tmp_path):
+    sources = tuple(
+        Source(dataset_name=str(write(tmp_path / f"{i}.jsonl", rows)), weight=weight)
+        for i, (rows, weight) in enumerate([(PAIRS, 0.5), (UNPAIRED, 2)])
+    )
+    report = prepare(a_spec(train=sources, eval_share=0.0, **LABELS), byte_level()).report
+    assert report["rows"]["train"] == 20 + 40
+    assert report["formats"] == ["paired", "unpaired"]
+
+
+def test_streams_are_prepared_like_files(tmp_path, tokenized):
+    path = write(tmp_path / "a.jsonl")
+    source = Source(dataset_name=str(path), streaming=True)
+    assert prepare(a_spec(train=(source,), max_rows=10), byte_level()).report["rows"]["read"] == 10
+    prepare(a_spec(path, max_rows=10), byte_level())
+    assert len(tokenized) == 2, "the same rows, so the same key"
+    assert "data.streaming needs data.max_rows" in refused(a_spec(train=(source,)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "said"),
+    [
+        (
+            [row | {"label": True} for row in UNPAIRED],
+            LABELS,
+            "all 15 training rows have label true, and the objective",
+        ),
+        ([row | {"label": 0} for row in UNPAIRED], LABELS, "all 15 training rows have label false, and the objective"),
+        (SCORED, LABELS | {"rule": Rule(name="threshold", threshold=2.0)}, "all 75 training rows have label false"),
+        ([{**row, "prompt": "p"} for row in UNPAIRED], KTO, "all 20 rows have the same prompt"),
+        (UNPAIRED[:3], KTO, "all 1 rows have the same prompt, and the objective needs completions of another one"),
+        (UNPAIRED[:3], KTO, "add rows with other prompts, raise data.eval_share, or set it to 0"),
+        (
+            PAIRS,
+            {"rule": Rule(margin=0.5)},
+            "data.rule, data.threshold and data.margin say how scored responses become",
+        ),
+        (SCORED, {"legs": ("gold",), "rule": Rule(margin=0.5)}, "data.rule best_vs_worst has no effect: the objective"),
+        (
+            SCORED,
+            LABELS | {"rule": Rule(name="threshold", threshold=0.5, margin=0.1)},
+            "data.margin has no effect: with data.rule threshold every response gets a label",
+        ),
+        (
+            SCORED,
+            {"rule": Rule(margin=5)},
+            "no row can be trained on (17 × scores differ by less than data.margin, 3 × all responses have the same "
+            "score); mend the data, change data.rule, or raise data.max_length (200)",
+        ),
+        (
+            SCORED,
+            {"rule": Rule(name="threshold", threshold=0.99 * 6 / 7), "max_dropped_share": 0.1},
+            "mend the data, change data.rule, raise data.max_length, or accept it with data.max_dropped_share",
+        ),
+        (
+            [{"prompt": "q", "responses": [{"text": t, "score": 0.5} for t in "abc"]}] * 3,
+            {},
+            "all scores are 0.5, so that no pair",
+        ),
+    ],
+)
+def test_what_rules_and_labels_refuse(tmp_path, tokenized, rows, changes, said):
+    assert said in refused(a_spec(write(tmp_path / "a.jsonl", rows), **changes))
+    assert tokenized == [] or "can be trained on" in said or "max_dropped_share" in said, "before tokenising"
+
+
+def test_labels_of_which_tokenising_leaves_one_class_are_refused(tmp_path):
+    rows = [row | {"completion": " " + "x" * (300 if row["label"] else 1)} for row in UNPAIRED]
+    spec = a_spec(write(tmp_path / "a.jsonl", rows), policy=TokenPolicy(max_length=50, truncation="drop"), **LABELS)
+    assert "have label false" in refused(spec)
+
+
+def test_real_scores_for_every_objective(tmp_path, shared):
+    path = shared / "data" / "alpaca_eval_scored.jsonl.gz"
+    policy = TokenPolicy(max_length=256)
+    for legs, labels in ((("chosen", "rejected", "gold"), False), (("completion", "mismatched"), True)):
+        report = prepare(a_spec(path, legs=legs, labels=labels, policy=policy, max_rows=100), byte_level()).report
+        assert report["rows"]["read"] == 100
+        arranged = report["shaped"]["rows_arranged"]
+        assert arranged == (200 if labels else 100)
+        assert arranged == report["rows"]["kept"] + sum(report["dropped"].values())
+
+
 # The report
 
 
@@ -329,11 +582,11 @@ def test_several_datasets_are_mixed_by_weight(tmp_path):
 
 def test_max_rows_limits_every_dataset(tmp_path):
     spec = a_spec(write(tmp_path / "a.jsonl"), write(tmp_path / "b.jsonl"), max_rows=3, eval_share=0.0)
-    train, held, loaded = read_sources(spec)
-    assert (len(train), len(held), [len(each.rows) for each in loaded]) == (6, 0, [3, 3])
-    assert [row.index for row in train] == [0, 1, 2] * 2
+    rows = read_sources(spec)
+    assert (len(rows.train), len(rows.held), [len(each.rows) for each in rows.loaded]) == (6, 0, [3, 3])
+    assert [row.index for row in rows.train] == [0, 1, 2] * 2
     given_ = a_spec(tmp_path / "a.jsonl", max_rows=3, eval=Source(dataset_name=str(tmp_path / "b.jsonl")))
-    assert len(read_sources(given_)[1]) == 3
+    assert len(read_sources(given_).held) == 3
 
 
 # What is refused
@@ -378,5 +631,5 @@ def test_a_given_evaluation_set_of_which_nothing_is_left_is_refused(tmp_path):
 
 def test_a_missing_leg_names_the_row(tmp_path):
     message = refused(a_spec(write(tmp_path / "a.jsonl"), legs=("chosen", "gold")))
-    assert message.startswith(f"{tmp_path / 'a.jsonl'}, row ")
-    assert "needs a 'gold' response" in message
+    assert message.startswith(f"{tmp_path / 'a.jsonl'}, row 0: the objective needs a gold response and the rows have ")
+    assert "add a gold or reference column" in message

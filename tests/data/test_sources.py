@@ -150,6 +150,20 @@ def test_parquet_messages_with_keys_that_only_some_turns_have(tmp_path):
     assert loaded.rows[0].responses == {"gold": (turns[1],)}
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_labels_of_every_kind_of_file(tmp_path, name):
+    rows = [{"q": "p", "completion": " a", "thumbs": i % 2 == 0} for i in range(4)]
+    loaded = load(write(tmp_path / name, rows), columns={"prompt": "q", "label": "thumbs"})
+    assert (loaded.format, loaded.problems) == ("unpaired", [])
+    assert [row.label for row in loaded.rows] == [True, False, True, False]
+
+
+def test_scored_lists_from_parquet(tmp_path):
+    rows = [{"prompt": "p", "responses": [{"text": "a", "score": 1.0, "model": "m"}, {"text": "b", "score": 2.0}]}]
+    (row,) = load(write(tmp_path / "a.parquet", rows)).rows
+    assert [each.text for each in row.candidates] == ["b", "a"]
+
+
 def test_columns_are_mapped_even_onto_names_that_exist(tmp_path):
     rows = [{"prompt": "id-1", "question": "q", "chosen": "w", "rejected": "b"}]
     path = write(tmp_path / "a.jsonl", rows)
@@ -365,6 +379,7 @@ def test_what_is_drawn_depends_on_seed_and_position_only():
 def test_weights_that_leave_nothing_are_errors():
     with pytest.raises(DataError, match=r"d: weight 0\.01 of 10 rows leaves none; raise the weight"):
         mix([(loaded_of(10), 0.01)], seed=0)
+    assert mix([(loaded_of(0), 0.5)], seed=0) == [], "a weight leaves nothing only where there was something"
     with pytest.raises(DataError, match=r"weight must be a number > 0, not 0"):
         mix([(loaded_of(10), 0)], seed=0)
 
@@ -389,8 +404,10 @@ def test_all_scored_prompts_are_recognised(shared):
     loaded = load(shared / "data" / "alpaca_eval_scored.jsonl.gz")
     assert (loaded.format, len(loaded.rows), loaded.problems) == ("scored", 600, [])
     for row in loaded.rows:
-        assert row.scores["chosen"] == row.scores["gold"] > row.scores["rejected"]
-        assert row.responses["gold"] == row.responses["chosen"]
+        scores = [candidate.score for candidate in row.candidates]
+        assert len(scores) >= 4, "of six, some of them empty"
+        assert scores == sorted(scores, reverse=True)
+        assert row.responses == {}
 
 
 def test_half_a_character_is_a_problem_of_its_row(tmp_path: Path):

@@ -46,6 +46,33 @@ def test_tables_come_back_from_disk(tmp_path_factory, contents):
     assert loaded.fingerprint() == table.fingerprint()
 
 
+LABELLED = [dataclasses.replace(row, label=label) for row, label in zip(ROWS, (True, False, True), strict=True)]
+
+
+def test_labels_come_back_from_disk(tmp_path):
+    table = TokenTable.of(LABELLED, LEGS)
+    table.save(tmp_path)
+    loaded = TokenTable.load(tmp_path)
+    assert loaded.labels is not None
+    assert (loaded.labels.dtype, loaded.labels.tolist()) == (np.dtype(bool), [True, False, True])
+    assert loaded.fingerprint() == table.fingerprint()
+    taken = loaded.take(np.array([1, 2, 1])).labels
+    assert taken is not None
+    assert taken.tolist() == [False, True, False]
+    assert TokenTable.of(ROWS, LEGS).labels is None
+    assert TokenTable.of(ROWS, LEGS).take(np.array([0])).labels is None
+    with pytest.raises(AssertionError, match="only some"):
+        TokenTable.of([LABELLED[0], *ROWS], LEGS)
+
+
+def test_labels_are_part_of_a_tables_fingerprint_and_not_of_a_legs():
+    """What a leg's log-probs are does not depend on labels, so that their cache outlives them."""
+    flipped = [dataclasses.replace(row, label=not row.label) for row in LABELLED]
+    tables = [TokenTable.of(rows, LEGS) for rows in (ROWS, LABELLED, flipped)]
+    assert len({table.fingerprint() for table in tables}) == 3
+    assert len({table.leg_fingerprint("chosen") for table in tables}) == 1
+
+
 def test_arrays_are_mapped_not_read(tmp_path):
     TokenTable.of(ROWS, LEGS).save(tmp_path)
     loaded = TokenTable.load(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -271,12 +272,27 @@ def test_a_missing_leg_is_named_before_anything_is_tokenised():
     rows = [row(), Row(prompt="p", responses={"chosen": "c"}, source="d", index=7)]
     with pytest.raises(DataError) as caught:
         require_legs(rows, PAIR)
-    assert str(caught.value) == (
-        "d, row 7: the objective needs a 'rejected' response and this row has only chosen; use data with a 'rejected' "
-        "column (data.columns maps names) or an objective that needs only chosen"
-    )
+    assert str(caught.value) == "d, row 7: the objective needs a rejected response and this row has only chosen"
     with pytest.raises(DataError, match="row 7"):
         tokenize(rows, None)
+
+
+def test_labels_and_groups_stay_with_their_rows():
+    rows = [replace(row(), label=True, group="g"), row(), replace(row(), label=False)]
+    kept, _, _ = tokenize(rows, byte_level())
+    assert [(each.label, each.group) for each in kept] == [(True, "g"), (None, ""), (False, "")]
+
+
+@pytest.mark.parametrize("truncation", TRUNCATIONS)
+def test_a_long_mismatched_response_is_cut_and_decides_nothing(truncation):
+    """It belongs to another row: its length must not drop this one, nor cost it prompt tokens."""
+    rows = [row("ask: " * 4, " fine", mismatched=" m" * 40)]
+    kept, dropped, stats = tokenize(
+        rows, byte_level(), max_length=30, truncation=truncation, legs=("chosen", "mismatched")
+    )
+    assert dropped == []
+    assert (len(kept[0].prompt), len(kept[0].legs["chosen"]), len(kept[0].legs["mismatched"])) == (20, 6, 10)
+    assert stats.truncated == {"mismatched": 1}
 
 
 # Truncation. Prompt "ask:" is 4 tokens unless said otherwise; responses count their end token.

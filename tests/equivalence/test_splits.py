@@ -11,6 +11,7 @@ import torch
 
 from align.forward import dense
 from data.loader import PlannedBatches
+from data.pack import Known
 from data.plan import Layout, Plan
 from objectives import OBJECTIVES, Leg, LegBatch, mixture
 from tests.align.tiny import CONFIGS, float64_throughout, model_of, random_table
@@ -40,7 +41,7 @@ def step_gradient(model, table, objective, *, budget, world, kind, share=True):
     loss, bins = 0.0, 0
     for rank in range(world):
         batches = PlannedBatches(table, plan, rank=rank, share=share)
-        batches.references = {name: _references(leg) for name, leg in table.legs.items()}
+        batches.known = Known(references={name: _references(leg) for name, leg in table.legs.items()})
         for number in range(len(batches)):
             batch = batches[number]
             flat = model(packed=batch)["logps"]

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 from objectives import OBJECTIVES, Leg, LegBatch, Mixture, Needs, Objective, Stateful
+from tests.objectives.transcriptions import Ragged
 
 FP64_ROUNDING = {"rtol": 1e-11, "atol": 1e-12}  # the same float64 arithmetic in another order
 FP32_ROUNDING = {"rtol": 1e-5, "atol": 1e-6}  # the same float32 arithmetic in another order
+TRANSCRIPTION = {"rtol": 1e-11, "atol": 1e-13}  # float64 on both sides; sums in another order
+SIX_PLACES = {"abs": 5.1e-7}  # numbers written with six places
+BY_HAND = {"rel": 1e-9}  # ten digits are written down
 
 PER_TOKEN = ("logps", "mask", "tokens", "ref_logps", "weight")
 """The fields of a leg, all of them ``(row, token)``."""
+
+PER_ROW = ("labels", "density_ratio")
+"""What a batch knows of each row, besides its legs."""
 
 
 def build(name: str, **config: object) -> Objective:
@@ -66,13 +75,19 @@ def make_batch(
     scale: float = 1.0,
     weighted: bool = False,
     at_reference: bool = False,
+    later: bool = False,
 ) -> LegBatch:
     """Random legs for exactly what ``objective`` declares; legs differ in width, as they do in training.
 
+    Two rows or more hold both labels. Density ratios are spread evenly, on a logarithmic scale, over [0.05, 20].
+
     Args:
+        weighted: with token weights, on legs with a likelihood term.
         at_reference: the policy's log-probs are the reference's.
+        later: not the state at the beginning, but one after a step.
     """
-    assert {field.name for field in fields(Needs)} == {"legs", "reference"}, "teach make_batch what is new in Needs"
+    known = {"legs", "reference", "labels", "density_ratio", "likelihood"}
+    assert {field.name for field in fields(Needs)} == known, "teach make_batch what is new in Needs"
     generator = torch.Generator().manual_seed(seed)
     needs = objective.needs
     legs = {}
@@ -84,13 +99,34 @@ def make_batch(
             dtype=dtype,
             scale=scale,
             reference=needs.reference,
-            weighted=weighted,
+            weighted=weighted and name in needs.likelihood,
         )
         if at_reference and leg.ref_logps is not None:
             leg = replace(leg, logps=leg.ref_logps.clone())
         legs[name] = leg
-    state = objective.init_state() if isinstance(objective, Stateful) else {}
-    return LegBatch(legs=legs, state=state)
+    labels = torch.rand(rows, generator=generator) < 0.5
+    if rows > 1:
+        first, second = torch.randperm(rows, generator=generator)[:2]
+        labels[first], labels[second] = True, False
+    spread = torch.rand(rows, generator=generator, dtype=dtype)
+    batch = LegBatch(
+        legs=legs,
+        labels=labels if needs.labels else None,
+        density_ratio=0.05 * 400**spread if needs.density_ratio is not None else None,
+        state=objective.init_state() if isinstance(objective, Stateful) else {},
+    )
+    return after_a_step(objective, batch) if later else batch
+
+
+def after_a_step(objective: Objective, batch: LegBatch) -> LegBatch:
+    """The batch with the state after a step in which the policy found all responses twice as easy as the reference.
+
+    So running means of log-ratios, and what is clamped at zero, are above zero.
+    """
+    if not isinstance(objective, Stateful):
+        return batch
+    ahead = map_legs(batch, lambda leg: leg if leg.ref_logps is None else replace(leg, logps=leg.ref_logps / 2))
+    return replace(batch, state=objective.update(batch.state, objective.observe(ahead)))
 
 
 def map_legs(batch: LegBatch, change: Callable[[Leg], Leg]) -> LegBatch:
@@ -103,9 +139,23 @@ def map_tensors(leg: Leg, change: Callable[[str, Tensor], Tensor]) -> Leg:
     return replace(leg, **{key: change(key, value) for key, value in present.items()})
 
 
+def map_known(batch: LegBatch, change: Callable[[Tensor], Tensor]) -> LegBatch:
+    """The batch with what it knows of each row, as far as it does, replaced."""
+    present = {key: getattr(batch, key) for key in PER_ROW if getattr(batch, key) is not None}
+    return replace(batch, **{key: change(values) for key, values in present.items()})
+
+
 def rows_of(batch: LegBatch, index: slice | Tensor) -> LegBatch:
     """Only those rows, in that order."""
-    return map_legs(batch, lambda leg: map_tensors(leg, lambda _, values: values[index]))
+    legs = map_legs(batch, lambda leg: map_tensors(leg, lambda _, values: values[index]))
+    return map_known(legs, lambda values: values[index])
+
+
+def in_float64(batch: LegBatch) -> LegBatch:
+    def double(values: Tensor) -> Tensor:
+        return values.double() if values.is_floating_point() else values
+
+    return map_known(map_legs(batch, lambda leg: map_tensors(leg, lambda _, values: double(values))), double)
 
 
 def with_junk(batch: LegBatch, junk: float) -> LegBatch:
@@ -148,3 +198,58 @@ def loss_and_grad(
     loss = objective(with_logps(batch, logps)).loss(counts if counts is not None else batch.counts())
     slopes = torch.autograd.grad(loss, list(logps.values()), allow_unused=True, materialize_grads=True)
     return loss.detach(), dict(zip(logps, slopes, strict=True))
+
+
+def make_rows(logps: list[list[float]], ref_logps: list[list[float]] | None = None) -> Leg:
+    """A leg from rows of any lengths, float64, NaN behind each; tokens are zeros."""
+    width = max(map(len, logps))
+    padded = torch.tensor([row + [float("nan")] * (width - len(row)) for row in logps], dtype=torch.float64)
+    lengths = torch.tensor([[len(row)] for row in logps])
+    return Leg(
+        logps=padded,
+        mask=torch.arange(width) < lengths,
+        tokens=torch.zeros_like(padded, dtype=torch.int64),
+        ref_logps=None if ref_logps is None else make_rows(ref_logps).logps,
+    )
+
+
+def ragged(values: Tensor, leg: Leg) -> Ragged:
+    """The numbers of each response as a list, without padding: what transcriptions take."""
+    return [row[kept].tolist() for row, kept in zip(values, leg.mask, strict=True)]
+
+
+def assert_transcribed(
+    objective: Objective, batch: LegBatch, expected_loss: float, expected_grad: Mapping[str, Ragged]
+) -> None:
+    """Loss and gradient are a transcription's; legs that it does not differentiate get no gradient."""
+    loss, grad = loss_and_grad(objective, batch)
+    assert math.isclose(loss.item(), expected_loss, rel_tol=1e-11, abs_tol=1e-13)
+    for name in batch:
+        zeros = [[0.0] * int(length) for length in batch[name].length()]
+        flat = torch.tensor([slope for row in expected_grad.get(name, zeros) for slope in row], dtype=torch.float64)
+        assert_close(grad[name][batch[name].mask], flat, **TRANSCRIPTION)
+
+
+def means(objective: Objective | Mixture, batch: LegBatch) -> dict[str, float]:
+    """The value of every metric."""
+    return {name: metric.total.item() / metric.count for name, metric in objective(batch).metrics.items()}
+
+
+TV1 = {
+    "chosen": make_rows([[-0.5, -1.0, -1.5], [-2.0, -0.25]], [[-0.75, -1.25, -1.0], [-1.5, -0.5]]),
+    "rejected": make_rows([[-1.25, -0.75], [-0.5, -1.0, -2.0, -0.5]], [[-1.0, -0.5], [-0.75, -1.5, -1.75, -1.0]]),
+    "gold": make_rows([[-0.25, -0.75, -0.5], [-1.0, -1.5]]),
+}
+"""Two rows whose losses are known to six digits: log-ratios 0 and −0.25 of chosen, −0.5 and 1 of rejected."""
+
+
+def tv1(*legs: str) -> LegBatch:
+    return LegBatch(legs={name: TV1[name] for name in legs})
+
+
+def tv1_labelled(**known: Mapping[str, Tensor] | Tensor) -> LegBatch:
+    """Its four responses one by one: two desirable ones, then two undesirable ones."""
+    logps = [row for name in ("chosen", "rejected") for row in ragged(TV1[name].logps, TV1[name])]
+    ref_logps = [row for name in ("chosen", "rejected") for row in ragged(TV1[name].ref_logps, TV1[name])]
+    labels = torch.tensor([True, True, False, False])
+    return LegBatch(legs={"completion": make_rows(logps, ref_logps)}, labels=labels, **known)

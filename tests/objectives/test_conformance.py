@@ -24,9 +24,13 @@ from objectives.registry import field_docs, formula, source
 from tests.objectives.batches import (
     FP32_ROUNDING,
     FP64_ROUNDING,
+    PER_ROW,
+    after_a_step,
     build,
+    in_float64,
     loss_and_grad,
     make_batch,
+    map_known,
     map_legs,
     map_tensors,
     rows_of,
@@ -50,28 +54,68 @@ class Values:
 
 
 NOT_A_NUMBER = (math.nan, math.inf, -math.inf)
+POSITIVE = Values(allowed=(1e-2, 5), refused=(0.0, -0.1, *NOT_A_NUMBER))
+NOT_NEGATIVE = Values(allowed=(0.0, 0.05), refused=(-0.01, *NOT_A_NUMBER))
+SMOOTHING = Values(allowed=(0.0, 0.1, 0.49), refused=(-0.01, 0.5, 1.0, *NOT_A_NUMBER))
 
 KEYS: dict[tuple[str, str], Values] = {
+    ("bco", "beta"): POSITIVE,
+    ("bco", "prompt_encoder"): Values(allowed=(None, "policy"), refused=("", "  ")),
+    ("bco", "min_density_ratio"): Values(allowed=(0.0, 0.5), refused=(-0.1, *NOT_A_NUMBER)),
+    ("bco", "max_density_ratio"): Values(allowed=(0.5, 10.0), refused=(0.49, -1.0, *NOT_A_NUMBER)),
+    ("bco", "prompt_sample_size"): Values(allowed=(1, 1024), refused=(0, -1)),
     ("dpo", "beta"): Values(allowed=(1e-3, 0.1, 5), refused=(0.0, -0.1, *NOT_A_NUMBER)),
-    ("dpo", "label_smoothing"): Values(allowed=(0.0, 0.1, 0.49), refused=(-0.01, 0.5, 1.0, *NOT_A_NUMBER)),
+    ("dpo", "label_smoothing"): SMOOTHING,
+    ("irpo", "beta"): POSITIVE,
+    ("irpo", "alpha"): POSITIVE,
+    ("irpo", "form"): Values(allowed=("token", "sequence"), refused=("cumulative", "row", "")),
+    ("kto", "beta"): POSITIVE,
+    ("kto", "desirable_weight"): Values(allowed=(1, 1.33), refused=(0.0, -1.0, *NOT_A_NUMBER)),
+    ("kto", "undesirable_weight"): Values(allowed=(1, 1.33), refused=(0.0, -1.0, *NOT_A_NUMBER)),
+    ("rpo", "beta"): POSITIVE,
+    ("rpo", "eta"): Values(allowed=(0.005, 0.2), refused=(0.0, -0.1, *NOT_A_NUMBER)),
+    ("rpo", "form"): Values(allowed=("cumulative", "average"), refused=("token", "sum", "")),
     ("sft", "leg"): Values(allowed=("gold", "chosen"), refused=("rejected", "prompt", "")),
+    ("tpo", "beta"): POSITIVE,
+    ("tpo", "alpha"): NOT_NEGATIVE,
+    ("tpo", "label_smoothing"): SMOOTHING,
+    ("tpo", "link"): Values(allowed=("sigmoid", "hinge", "ipo"), refused=("logistic", "Sigmoid", "")),
+    ("tpo_l", "beta"): Values(allowed=(0.01, 10), refused=(0.0, -0.1, *NOT_A_NUMBER)),
+    ("tpo_l", "gamma"): Values(allowed=(0.0, 1.6), refused=(-0.1, *NOT_A_NUMBER)),
+    ("tpo_l", "alpha"): NOT_NEGATIVE,
+    ("tpo_l", "label_smoothing"): SMOOTHING,
 }
 """Every key of every objective. The bounds come from the papers, not from the classes."""
+
+TOGETHER: dict[str, dict[str, tuple[Any, ...]]] = {
+    "tpo": {"label_smoothing": (0.1, 0.49), "link": ("hinge", "ipo")},
+    "bco": {"max_density_ratio": (0.5, 1.0), "min_density_ratio": (1.01, 2.0)},
+}
+"""Values that are allowed alone and refused together; the message begins with the first key."""
+
+
+def configs(values: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """Every combination."""
+    return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+
+
+def refused_together(name: str, config: dict[str, Any]) -> bool:
+    clash = TOGETHER.get(name)
+    return clash is not None and all(config.get(key) in values for key, values in clash.items())
 
 
 def variants(name: str) -> list[Objective]:
     """The objective under its defaults and with every combination of allowed values."""
-    keys = [key for objective, key in KEYS if objective == name]
-    choices = [KEYS[name, key].allowed for key in keys]
+    allowed = {key: values.allowed for (objective, key), values in KEYS.items() if objective == name}
     return [
         build(name),
-        *(build(name, **dict(zip(keys, chosen, strict=True))) for chosen in itertools.product(*choices)),
+        *(build(name, **config) for config in configs(allowed) if not refused_together(name, config)),
     ]
 
 
 def test_the_registry_is_not_empty():
     """A suite over an empty registry would pass."""
-    assert {"dpo", "sft"} <= set(OBJECTIVES.names())
+    assert {"bco", "dpo", "irpo", "kto", "rpo", "sft", "tpo", "tpo_l"} <= set(OBJECTIVES.names())
 
 
 # (1)
@@ -81,7 +125,7 @@ def test_the_registry_is_not_empty():
 @weighted_or_not
 def test_gradients_are_finite_differences(name: str, weighted: bool):
     for seed, objective in enumerate(variants(name)):
-        batch = make_batch(objective, seed=seed, rows=3, weighted=weighted)
+        batch = make_batch(objective, seed=seed, rows=3, weighted=weighted, later=seed % 2 == 1)
         logps = [batch[leg].logps.clone().requires_grad_() for leg in batch]
 
         def loss(*logps: torch.Tensor, objective: Objective = objective, batch=batch) -> torch.Tensor:
@@ -96,11 +140,11 @@ def test_gradients_are_finite_differences(name: str, weighted: bool):
 
 @every_objective
 @weighted_or_not
-@given(seed=seeds, junk=st.sampled_from([math.nan, math.inf, -math.inf, 1e30, 0.0]))
-def test_masked_places_change_nothing(name: str, weighted: bool, seed: int, junk: float):
+@given(seed=seeds, later=st.booleans(), junk=st.sampled_from([math.nan, math.inf, -math.inf, 1e30, 0.0]))
+def test_masked_places_change_nothing(name: str, weighted: bool, seed: int, later: bool, junk: float):
     """Bit for bit: what the model says about padding is never read."""
     objective = build(name)
-    batch = make_batch(objective, seed=seed, weighted=weighted, dtype=torch.float32)
+    batch = make_batch(objective, seed=seed, weighted=weighted, dtype=torch.float32, later=later)
     expected_loss, expected_grad = loss_and_grad(objective, batch)
     spoiled = with_junk(batch, junk)
     loss, grad = loss_and_grad(objective, spoiled)
@@ -111,6 +155,9 @@ def test_masked_places_change_nothing(name: str, weighted: bool, seed: int, junk
     for key, metric in objective(spoiled).metrics.items():
         assert torch.equal(metric.total, objective(batch).metrics[key].total), key
     assert spoiled.counts() == batch.counts()
+    if isinstance(objective, Stateful):
+        for key, value in objective.observe(spoiled).items():
+            assert torch.equal(value, objective.observe(batch)[key]), key
 
 
 # (3)
@@ -118,11 +165,11 @@ def test_masked_places_change_nothing(name: str, weighted: bool, seed: int, junk
 
 @every_objective
 @weighted_or_not
-@given(seed=seeds, cuts=st.lists(st.integers(0, 6), min_size=1, max_size=3))
-def test_microbatches_add_up(name: str, weighted: bool, seed: int, cuts: list[int]):
-    """Loss, gradient, counts and metrics; a part may be empty, and parts may differ in rows and in tokens."""
+@given(seed=seeds, later=st.booleans(), cuts=st.lists(st.integers(0, 6), min_size=1, max_size=3))
+def test_microbatches_add_up(name: str, weighted: bool, seed: int, later: bool, cuts: list[int]):
+    """Loss, gradient, counts and metrics; a part may be empty or of one label, and differ in rows and in tokens."""
     objective = build(name)
-    batch = make_batch(objective, seed=seed, rows=6, weighted=weighted)
+    batch = make_batch(objective, seed=seed, rows=6, weighted=weighted, later=later)
     edges = [0, *sorted(cuts), 6]
     parts = [rows_of(batch, slice(start, end)) for start, end in itertools.pairwise(edges)]
     whole_loss, whole_grad = loss_and_grad(objective, batch)
@@ -134,6 +181,7 @@ def test_microbatches_add_up(name: str, weighted: bool, seed: int, cuts: list[in
     for unit, count in batch.counts().items():
         assert sum(part.counts()[unit] for part in parts) == count
     for key, metric in objective(batch).metrics.items():
+        assert metric.count > 0, key  # the batch has both labels; a part need not
         each = [objective(part).metrics[key] for part in parts]
         assert_close(sum(m.total for m in each), metric.total, **FP64_ROUNDING)
         assert sum(m.count for m in each) == metric.count
@@ -147,10 +195,10 @@ def test_microbatches_add_up(name: str, weighted: bool, seed: int, cuts: list[in
 
 @every_objective
 @weighted_or_not
-@given(seed=seeds, order=st.permutations(range(5)))
-def test_rows_may_be_permuted(name: str, weighted: bool, seed: int, order: list[int]):
+@given(seed=seeds, later=st.booleans(), order=st.permutations(range(5)))
+def test_rows_may_be_permuted(name: str, weighted: bool, seed: int, later: bool, order: list[int]):
     objective = build(name)
-    batch = make_batch(objective, seed=seed, rows=5, weighted=weighted)
+    batch = make_batch(objective, seed=seed, rows=5, weighted=weighted, later=later)
     index = torch.tensor(order)
     loss, grad = loss_and_grad(objective, batch)
     permuted_loss, permuted_grad = loss_and_grad(objective, rows_of(batch, index))
@@ -164,11 +212,11 @@ def test_rows_may_be_permuted(name: str, weighted: bool, seed: int, order: list[
 
 @every_objective
 @weighted_or_not
-@given(seed=seeds, extra=st.integers(1, 40))
-def test_padding_columns_change_nothing(name: str, weighted: bool, seed: int, extra: int):
+@given(seed=seeds, later=st.booleans(), extra=st.integers(1, 40))
+def test_padding_columns_change_nothing(name: str, weighted: bool, seed: int, later: bool, extra: int):
     """Up to rounding only: a longer sum may be added up in another order."""
     objective = build(name)
-    batch = make_batch(objective, seed=seed, weighted=weighted)
+    batch = make_batch(objective, seed=seed, weighted=weighted, later=later)
     wide = with_columns(batch, extra)
     loss, grad = loss_and_grad(objective, batch)
     wide_loss, wide_grad = loss_and_grad(objective, wide)
@@ -178,6 +226,9 @@ def test_padding_columns_change_nothing(name: str, weighted: bool, seed: int, ex
         width = batch[leg].logps.shape[1]
         assert_close(wide_grad[leg][:, :width], grad[leg], **FP64_ROUNDING)
         assert (wide_grad[leg][:, width:] == 0).all()
+    if isinstance(objective, Stateful):
+        for key, value in objective.observe(wide).items():
+            assert_close(value, objective.observe(batch)[key], **FP64_ROUNDING)
 
 
 # (6)
@@ -190,6 +241,9 @@ def assert_finite(objective: Objective, batch: Any) -> None:
         assert slopes.isfinite().all(), leg
     for key, metric in objective(batch).metrics.items():
         assert metric.total.isfinite(), key
+    if isinstance(objective, Stateful):
+        for key, value in objective.update(batch.state, objective.observe(batch)).items():
+            assert value.isfinite(), key
 
 
 @every_objective
@@ -200,9 +254,11 @@ def test_finite_everywhere(name: str, weighted: bool, dtype: torch.dtype):
     for objective in variants(name):
         options = {"seed": 3, "dtype": dtype, "weighted": weighted}
         assert_finite(objective, make_batch(objective, at_reference=True, **options))
+        assert_finite(objective, make_batch(objective, at_reference=True, later=True, **options))
         for scale in (0.0, 1e-30, 1e3, 1e5):
             extreme = make_batch(objective, scale=scale, **options)
             assert_finite(objective, extreme)
+            assert_finite(objective, after_a_step(objective, extreme))
             # Each leg in turn certain under the policy, so that margins go to both extremes.
             for leg in extreme:
                 certain = {other: extreme[other].logps for other in extreme} | {
@@ -237,10 +293,10 @@ def test_step0_is_what_it_says(name: str, weighted: bool, seed: int, rows: int):
 @every_objective
 def test_step0_is_given_where_it_exists(name: str):
     """None is for losses that depend on the data even where the policy is the reference."""
-    objective = build(name)
-    if objective.step0 is None:
-        batches = [make_batch(objective, seed=seed, at_reference=True) for seed in range(3)]
-        assert len({loss_and_grad(objective, batch)[0].item() for batch in batches}) > 1
+    for objective in variants(name):
+        if objective.step0 is None:
+            batches = [make_batch(objective, seed=seed, rows=5, at_reference=True) for seed in range(8)]
+            assert len({round(loss_and_grad(objective, batch)[0].item(), 9) for batch in batches}) > 1, objective
 
 
 # (8)
@@ -248,34 +304,56 @@ def test_step0_is_given_where_it_exists(name: str):
 
 @every_objective
 def test_what_was_declared_is_asked_for_by_name(name: str):
-    """A leg or a reference that data or trainer failed to supply is a clear error, not a wrong number."""
-    objective = build(name)
-    batch = make_batch(objective, seed=5)
-    assert tuple(batch) == objective.needs.legs
-    objective(batch)  # nothing beyond what is declared is in the batch, and nothing beyond it is read
-    for missing in batch:
-        rest = {leg: batch[leg] for leg in batch if leg != missing}
-        with pytest.raises(KeyError, match=f"no leg '{missing}'"):
-            objective(replace(batch, legs=rest))
-    unreferenced = map_legs(batch, lambda leg: replace(leg, ref_logps=None))
-    if objective.needs.reference:
-        with pytest.raises(ValueError, match="reference"):
-            objective(unreferenced)
-    else:
-        assert torch.equal(loss_and_grad(objective, unreferenced)[0], loss_and_grad(objective, batch)[0])
+    """What data or trainer failed to supply is a clear error, not a wrong number."""
+    for objective in variants(name):
+        batch = make_batch(objective, seed=5)
+        assert tuple(batch) == objective.needs.legs
+        objective(batch)  # nothing beyond what is declared is in the batch, and nothing beyond it is read
+        for missing in batch:
+            rest = {leg: batch[leg] for leg in batch if leg != missing}
+            with pytest.raises(KeyError, match=f"no leg '{missing}'"):
+                objective(replace(batch, legs=rest))
+        if objective.needs.reference:
+            with pytest.raises(ValueError, match="reference"):
+                objective(map_legs(batch, lambda leg: replace(leg, ref_logps=None)))
+        for known in PER_ROW:
+            if getattr(objective.needs, known):
+                with pytest.raises(ValueError, match=f"the rows have no {known} here"):
+                    objective(replace(batch, **{known: None}))
 
 
 @every_objective
 def test_what_was_not_declared_is_not_read(name: str):
-    """A further leg, or a reference where none is declared, full of NaN."""
-    objective = build(name)
-    batch = make_batch(objective, seed=6)
-    nan = map_legs(batch, lambda leg: replace(leg, logps=torch.full_like(leg.logps, math.nan)))
-    legs = {**batch.legs, "undeclared": next(iter(nan.legs.values()))}
-    if not objective.needs.reference:
-        legs = {leg: replace(values, ref_logps=torch.full_like(values.logps, math.nan)) for leg, values in legs.items()}
-    counts = batch.counts()
-    assert torch.equal(objective(replace(batch, legs=legs)).loss(counts), objective(batch).loss(counts))
+    """A further leg, a reference, labels or density ratios where none are declared, full of NaN."""
+    for objective in variants(name):
+        batch = make_batch(objective, seed=6)
+        first = batch[objective.needs.legs[0]]
+        nan = replace(first, logps=torch.full_like(first.logps, math.nan))
+        more = replace(batch, legs={"undeclared": nan, "gold": nan, **batch.legs})
+        if not objective.needs.labels:
+            more = replace(more, labels=torch.tensor([True, False, True, True]))
+        if objective.needs.density_ratio is None:
+            more = replace(more, density_ratio=torch.full((4,), math.nan, dtype=torch.float64))
+        counts, output, expected = batch.counts(), objective(more), objective(batch)
+        assert torch.equal(output.loss(counts), expected.loss(counts))
+        assert output.metrics == expected.metrics, "metrics say the same, and of the same legs"
+        if not objective.needs.reference:
+            more = map_legs(more, lambda leg: replace(leg, ref_logps=torch.full_like(leg.logps, math.nan)))
+            assert torch.equal(objective(more).loss(counts), expected.loss(counts))
+
+
+@every_objective
+def test_token_weights_act_on_likelihood_terms_only(name: str):
+    """Weights change the loss on the legs that the objective declares for them, and nothing on others."""
+    for objective in variants(name):
+        batch = make_batch(objective, seed=11)
+        assert set(objective.needs.likelihood) <= set(objective.needs.legs)
+        for leg in batch:
+            weight = torch.linspace(0.1, 0.9, batch[leg].logps.numel(), dtype=torch.float64)
+            weighted = replace(batch[leg], weight=weight.reshape(batch[leg].logps.shape))
+            output = objective(replace(batch, legs={**batch.legs, leg: weighted}))
+            same = torch.equal(output.loss(batch.counts()), objective(batch).loss(batch.counts()))
+            assert same == (leg not in objective.needs.likelihood), leg
 
 
 @every_objective
@@ -320,25 +398,45 @@ def test_nothing_it_is_given_is_edited(name: str, weighted: bool):
     objective = build(name)
     batch = make_batch(objective, seed=9, weighted=weighted)
     before = map_legs(batch, lambda leg: map_tensors(leg, lambda _, values: values.clone()))
+    before = replace(map_known(before, torch.clone), state={key: value.clone() for key, value in batch.state.items()})
     loss_and_grad(objective, batch)
+    after_a_step(objective, batch)
+    for key in PER_ROW:
+        assert_close(getattr(batch, key), getattr(before, key))
+    assert_close(dict(batch.state), dict(before.state))
     for leg in batch:
         map_tensors(batch[leg], lambda key, values, leg=leg: assert_close(values, getattr(before[leg], key)) or values)
+
+
+@every_objective
+def test_state_carries_no_graph_and_keeps_its_shape(name: str):
+    """What is remembered must not keep last step's graph alive, and a checkpoint's keys are always the same."""
+    objective = build(name)
+    if isinstance(objective, Stateful):
+        batch = make_batch(objective, seed=12)
+        batch = map_legs(batch, lambda leg: replace(leg, logps=leg.logps.requires_grad_()))
+        observed = objective.observe(batch)
+        state = objective.update(batch.state, observed)
+        assert not any(value.requires_grad for value in (*observed.values(), *state.values()))
+        assert {key: (value.shape, value.dtype) for key, value in state.items()} == {
+            key: (value.shape, value.dtype) for key, value in objective.init_state().items()
+        }
+        later = loss_and_grad(objective, replace(batch, state=state))[0]
+        assert later != loss_and_grad(objective, batch)[0], "a state without effect need not be kept"
 
 
 @every_objective
 def test_float32_agrees_with_float64(name: str):
     """Training computes in float32; nothing in a formula may lose more than rounding."""
     objective = build(name)
-    batch = make_batch(objective, seed=10, dtype=torch.float32)
-    double = map_legs(
-        batch, lambda leg: map_tensors(leg, lambda _, values: values.double() if values.is_floating_point() else values)
-    )
-    loss, grad = loss_and_grad(objective, batch)
-    double_loss, double_grad = loss_and_grad(objective, double)
-    assert loss.dtype == torch.float32
-    assert_close(loss.double(), double_loss, **FP32_ROUNDING)
-    for leg in batch:
-        assert_close(grad[leg].double(), double_grad[leg], **FP32_ROUNDING)
+    for later in (False, True):
+        batch = make_batch(objective, seed=10, dtype=torch.float32, later=later)
+        loss, grad = loss_and_grad(objective, batch)
+        double_loss, double_grad = loss_and_grad(objective, in_float64(batch))
+        assert loss.dtype == torch.float32
+        assert_close(loss.double(), double_loss, **FP32_ROUNDING)
+        for leg in batch:
+            assert_close(grad[leg].double(), double_grad[leg], **FP32_ROUNDING)
 
 
 # (9)
@@ -367,6 +465,30 @@ def test_recipe_to_objective_to_recipe_is_the_identity(name: str):
 def test_values_out_of_range_are_refused_by_name(name: str, key: str, value: object):
     with pytest.raises(ValueError, match=rf"^{key} must be .*got {re.escape(repr(value))}$"):
         build(name, **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "config"), [(name, config) for name, values in TOGETHER.items() for config in configs(values)]
+)
+def test_values_that_exclude_each_other_are_refused_by_name(name: str, config: dict[str, Any]):
+    for key, value in config.items():
+        build(name, **{key: value})
+    with pytest.raises(ValueError, match=f"^{next(iter(config))} "):
+        build(name, **config)
+
+
+@every_objective
+def test_idle_keys_have_no_effect(name: str):
+    """What ``idle`` names is a key, has a reason, and may take any other value without changing the loss."""
+    for objective in variants(name):
+        if not hasattr(objective, "idle"):
+            continue
+        batch = make_batch(objective, seed=13)
+        for key, reason in objective.idle().items():
+            assert reason.strip()
+            for value in KEYS[name, key].allowed:
+                other = replace(objective, **{key: value})
+                assert torch.equal(loss_and_grad(other, batch)[0], loss_and_grad(objective, batch)[0]), key
 
 
 @every_objective

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -13,8 +13,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from objectives import Leg, LegBatch, Mean, Needs, Objective, Output, Stateful, Term, mixture
+from objectives.bco import BCO
 from objectives.dpo import DPO
+from objectives.kto import KTO
 from objectives.sft import SFT
+from objectives.tpo import TPO
 from tests.objectives.batches import FP64_ROUNDING, loss_and_grad, make_batch, rows_of
 
 
@@ -84,8 +87,8 @@ def test_a_mixture_of_one_is_the_objective():
 
 def test_needs_are_the_union_in_order_of_first_mention():
     three = mixture([("sft", SFT(leg="chosen"), 1.0), ("dpo", DPO(), 1.0), ("sft", SFT(leg="gold"), 1.0)])
-    assert three.needs == Needs(legs=("chosen", "rejected", "gold"), reference=True)
-    assert mixture([("sft", SFT(), 1.0)]).needs == Needs(legs=("gold",), reference=False)
+    assert three.needs == Needs(legs=("chosen", "rejected", "gold"), reference=True, likelihood=("chosen", "gold"))
+    assert mixture([("sft", SFT(), 1.0)]).needs == Needs(legs=("gold",), reference=False, likelihood=("gold",))
 
 
 def test_step0_is_the_weighted_sum_where_every_part_has_one():
@@ -125,6 +128,76 @@ def test_a_part_sees_only_what_it_declared():
     assert shown["gold"].ref_logps is None
     assert dict(shown.state) == {}
     assert torch.equal(shown["gold"].logps, batch["gold"].logps)
+
+
+def test_labels_and_density_ratios_are_seen_where_they_are_declared():
+    """Not by the part that declared neither, and the ratio only by the one with an encoder."""
+    parts = [("kto", KTO(), 1.0), ("bco", BCO(prompt_encoder="policy"), 1.0), ("bco", BCO(), 1.0)]
+    both = mixture([*parts, ("sft", SFT(), 1.0)])
+    batch = make_batch(both, seed=8)
+    assert batch.labels is not None
+    assert batch.density_ratio is not None
+    known = {name: (both.view(name, batch).labels, both.view(name, batch).density_ratio) for name in both.parts}
+    assert known["kto"] == (batch.labels, None)
+    assert known["bco"] == (batch.labels, batch.density_ratio)
+    assert known["bco.2"] == (batch.labels, None)
+    assert known["sft"] == (None, None)
+
+
+def test_needs_unite_labels_encoder_and_likelihood():
+    four = mixture(
+        [
+            ("tpo", TPO(), 1.0),
+            ("kto", KTO(), 1.0),
+            ("bco", BCO(prompt_encoder="policy"), 1.0),
+            ("bco", BCO(prompt_encoder="policy"), 1.0),
+        ]
+    )
+    assert four.needs == Needs(
+        legs=("chosen", "rejected", "gold", "completion", "mismatched"),
+        reference=True,
+        labels=True,
+        density_ratio="policy",
+        likelihood=("gold",),
+    )
+    without = mixture([("tpo", TPO(alpha=0.0), 1.0), ("dpo", DPO(), 1.0)])
+    assert without.needs == Needs(legs=("chosen", "rejected"), reference=True)
+
+
+def test_two_prompt_encoders_are_refused():
+    """A row has one density ratio."""
+    two = mixture([("bco", BCO(prompt_encoder="policy"), 1.0), ("bco", BCO(prompt_encoder="some/encoder"), 1.0)])
+    with pytest.raises(ValueError, match="all objectives must take one prompt encoder, got 'policy', 'some/encoder'"):
+        _ = two.needs
+
+
+def test_a_weighted_list_of_two_with_state():
+    """0.5 · kto + 2 · bco over two steps: each with its own state, both from the same rows."""
+    both = mixture([("kto", KTO(), 0.5), ("bco", BCO(), 2.0)])
+    batch = make_batch(both, seed=9, rows=5)
+    assert set(batch.state) == {"kto/kl", "bco/reward_total", "bco/reward_count"}
+    own = {"kto": KTO().init_state(), "bco": BCO().init_state()}
+    for _ in range(2):
+        losses = {name: parts_loss(part, replace(batch, state=own[name])) for name, part in both.parts.items()}
+        assert_close(parts_loss(both, batch), 0.5 * losses["kto"] + 2.0 * losses["bco"], **FP64_ROUNDING)
+        output = both(batch)
+        assert set(output.terms) == {"preference", "bco/preference"}
+        assert {"rewards/threshold", "bco/rewards/threshold", "kl/mismatched"} <= set(output.metrics)
+        for name, part in both.parts.items():
+            own[name] = dict(part.update(own[name], part.observe(replace(batch, state=own[name]))))
+        batch = replace(batch, state=both.update(batch.state, both.observe(batch)))
+        flat = {f"{name}/{key}": value for name, state in own.items() for key, value in state.items()}
+        assert_close(dict(batch.state), flat, **FP64_ROUNDING)
+    assert batch.state["bco/reward_count"] == 10
+
+
+def test_a_mixture_of_one_asks_for_what_its_part_misses():
+    """The error is the part's own."""
+    one = mixture([("bco", BCO(prompt_encoder="policy"), 1.0)])
+    batch = make_batch(one, seed=10)
+    for known in ("labels", "density_ratio"):
+        with pytest.raises(ValueError, match=f"the rows have no {known} here; the objective must declare it in Needs"):
+            one(replace(batch, **{known: None}))
 
 
 def two_memories() -> tuple[LegBatch, object]:

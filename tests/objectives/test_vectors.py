@@ -1,6 +1,8 @@
 """Numbers of other implementations: losses and gradients recorded under ``tests/vectors``, by the scripts in ``make``.
 
-Each case is one step whose microbatch is the whole batch. Numbers are float64 on both sides.
+Each case is one step whose microbatch is the whole batch. Where the other implementation updates a running mean before
+it uses it, ``state`` is the mean after the update. Numbers are float64 on both sides. Those of token weights are in
+``test_token_weights``.
 """
 
 from __future__ import annotations
@@ -46,7 +48,12 @@ def read_leg(arrays: dict[str, list[list[float]]]) -> Leg:
 @pytest.mark.parametrize(("name", "case"), cases())
 def test_vector(name: str, case: dict[str, Any]):
     objective = OBJECTIVES[name](**case["config"])
-    batch = LegBatch(legs={leg: read_leg(arrays) for leg, arrays in case["legs"].items()})
+    batch = LegBatch(
+        legs={leg: read_leg(arrays) for leg, arrays in case["legs"].items()},
+        labels=torch.tensor(case["labels"]) if "labels" in case else None,
+        density_ratio=torch.tensor(case["density_ratio"], dtype=torch.float64) if "density_ratio" in case else None,
+        state={key: torch.tensor(float(value), dtype=torch.float64) for key, value in case.get("state", {}).items()},
+    )
     assert set(case["grad"]) == set(batch)
     loss, grad = loss_and_grad(objective, batch)
     assert_close(loss, torch.tensor(case["loss"], dtype=torch.float64), **ANOTHER_IMPLEMENTATION)

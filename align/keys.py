@@ -1,0 +1,95 @@
+"""What keys there are, and what to answer to one that is not there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from align.errors import RecipeError
+from align.sections import SECTIONS
+from objectives import OBJECTIVES, RELABELERS, TOKEN_WEIGHTS
+from objectives.registry import Registry, did_you_mean
+
+NAMED: dict[str, Registry] = {"objective": OBJECTIVES, "token_weights": TOKEN_WEIGHTS, "relabel": RELABELERS}
+"""Sections that hold one entry, or a list of entries, whose keys depend on its name."""
+
+ELSEWHERE = {
+    "loss_type": "objective.name",
+    "use_peft": "the lora section: write it to train adapters, leave it out to train all weights",
+    "per_device_train_batch_size": "train.rows_per_step (the global batch) and train.token_budget",
+    "per_device_eval_batch_size": "train.token_budget",
+    "gradient_accumulation_steps": "train.rows_per_step; how many microbatches it takes is derived",
+    "precompute_ref_log_probs": "reference.source: cached, the default",
+    "ref_model": "reference.model",
+    "bf16": "model.dtype: bfloat16",
+    "fp16": "model.dtype: bfloat16",
+    "torch_dtype": "model.dtype",
+    "lora_r": "lora.r",
+    "lora_target_modules": "lora.target_modules",
+    "max_prompt_length": "data.max_length and data.truncation",
+    "truncation_mode": "data.truncation",
+    "disable_dropout": "train.allow_dropout",
+    "dataset_test_split": "data.eval_split",
+    "eval_dataset": "data.eval_dataset_name",
+    "warmup_ratio": "train.warmup_steps, a share of all steps when below 1",
+    "activation_checkpointing": "train.gradient_checkpointing",
+    "lr": "train.learning_rate",
+    "batch_size": "train.rows_per_step (the global batch)",
+    "train_batch_size": "train.rows_per_step (the global batch)",
+    "epochs": "train.num_train_epochs",
+    "evaluation_strategy": "train.eval_strategy",
+    "max_seq_length": "data.max_length, of prompt and response together",
+    "max_completion_length": "data.max_length, of prompt and response together",
+    "rpo_alpha": "a second objective: [{name: dpo}, {name: sft, leg: chosen, weight: …}]",
+    "deepspeed": "a file for the launcher: accelerate launch --config_file FILE align/train.py …",
+    "fsdp": "a file for the launcher: accelerate launch --config_file FILE align/train.py …",
+    "hub_token": "the login of `hf auth login`, or the variable HF_TOKEN",
+}
+"""Keys of other trainers, recognised only to answer with ours."""
+
+NEEDLESS = {
+    "padding_free": "batches carry no padding that matters",
+    "packing": "batches carry no padding that matters",
+    "remove_unused_columns": "unused columns are never read",
+    "sync_ref_model": "the reference is frozen",
+    "reference_free": "an objective says itself whether it needs a reference",
+    "do_train": "train.py always trains",
+}
+"""Keys of other trainers that nothing here corresponds to, and why."""
+
+
+def check_keys(tree: Mapping[str, Any], where: str) -> None:
+    """Refuses sections and keys that don't exist, naming the nearest that does."""
+    for section, keys in tree.items():
+        if section in NAMED:
+            continue
+        if section not in SECTIONS:
+            raise RecipeError(f"{where}: unknown section {section!r}{elsewhere(str(section), SECTIONS)}")
+        if not isinstance(keys, Mapping):
+            raise RecipeError(
+                f"{where}: section {section!r} must hold keys, got {keys!r}; write them, or leave the section out"
+            )
+        known = [f.name for f in dataclasses.fields(SECTIONS[section])]
+        for key in keys:
+            if key not in known:
+                raise RecipeError(f"{where}: unknown key {section}.{key}{elsewhere(str(key), known)}")
+
+
+def elsewhere(key: str, known: Iterable[str] = ()) -> str:
+    """What to write instead of an unknown key. ``known`` are the names that could have been meant first."""
+    if key in ELSEWHERE:
+        return f": here it is {ELSEWHERE[key]}"
+    if key in NEEDLESS:
+        return f"; leave it out: {NEEDLESS[key]}"
+    homes = [f"{section}.{key}" for section, cls in SECTIONS.items() if key in fields_of(cls)]
+    if homes:
+        return f"; did you mean {homes[0]!r}?"
+    every = [name for cls in SECTIONS.values() for name in fields_of(cls)]
+    near = did_you_mean(key, list(known)) or did_you_mean(key, [*every, *SECTIONS, *NAMED])
+    return near or "; align/train.py --help lists every key"
+
+
+def fields_of(cls: type) -> list[str]:
+    """The keys that a section or a registered class has."""
+    return [f.name for f in dataclasses.fields(cls)]

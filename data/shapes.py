@@ -1,0 +1,360 @@
+"""Shapes: pairs, labelled completions and scored lists, turned into the legs that an objective needs.
+
+scored list  ─rule─►  pair, or triple with the best as gold  ─►  two labelled completions
+             ────►    the best alone (gold or chosen); with rule threshold every response, labelled
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+from data.errors import DataError
+from data.formats import RowProblem
+from objectives.registry import OBJECTIVES, did_you_mean
+from objectives.rows import Candidate, Row, Text
+
+RULES = ("best_vs_worst", "best_vs_random", "threshold", "margin")
+COMPLETION, MISMATCHED, PAIR = "completion", "mismatched", frozenset({"chosen", "rejected"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """How scored responses become pairs. Equal scores never form one.
+
+    ``best_vs_worst``: the best against the worst. ``best_vs_random``: the best against a random worse one.
+    ``threshold``: a random one of at least the threshold against a random one below. ``margin``: every two responses
+    whose scores differ by at least the margin, so that a prompt gives several pairs.
+    """
+
+    name: str = "best_vs_worst"
+    """One of ``RULES``."""
+    threshold: float | None = None
+    """Score from which a response is good; with rule threshold, and only there."""
+    margin: float = 0.0
+    """The scores of a pair differ by at least this, ≥ 0; with rule margin > 0."""
+
+    def __post_init__(self) -> None:
+        if self.name not in RULES:
+            near = did_you_mean(self.name, list(RULES))
+            raise DataError(f"data.rule: unknown rule {self.name!r}{near} (known: {', '.join(RULES)})")
+        if self.threshold is None and self.name == "threshold":
+            raise DataError("data.rule threshold needs data.threshold, the score from which a response is good; set it")
+        if self.threshold is not None and self.name != "threshold":
+            raise DataError(
+                f"data.threshold has no effect with data.rule {self.name}; leave it out, or set data.rule threshold"
+            )
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise DataError(f"data.threshold must be a finite number, not {self.threshold}")
+        if not (math.isfinite(self.margin) and self.margin >= 0):
+            raise DataError(f"data.margin must be a finite number >= 0, not {self.margin}")
+        if self.name == "margin" and self.margin == 0:
+            raise DataError("data.rule margin needs data.margin > 0, by which the scores of a pair differ at least")
+
+    def pairs(self, ranked: Sequence[Candidate], draw: random.Random) -> list[tuple[Candidate, Candidate]] | str:
+        """Better and worse responses, or the reason why there are none.
+
+        Args:
+            ranked: the responses by score, best first.
+            draw: where the rule is random, this decides.
+        """
+        if len(ranked) < 2:
+            return "fewer than two responses with scores"
+        if ranked[0].score == ranked[-1].score:
+            return "all responses have the same score"
+        if self.name == "best_vs_worst":
+            options = [(ranked[0], ranked[-1])]
+        elif self.name == "best_vs_random":
+            options = [(ranked[0], worse) for worse in ranked]
+        elif self.name == "margin":
+            options = list(combinations(ranked, 2))
+        else:
+            good = [each for each in ranked if self.is_good(each)]
+            bad = ranked[len(good) :]
+            if not good or not bad:
+                return f"no response scores {'below' if good else 'at least'} data.threshold"
+            options = [(better, worse) for better in good for worse in bad]
+        apart = [(better, worse) for better, worse in options if self._apart(better.score, worse.score)]
+        if not apart:
+            return "scores differ by less than data.margin"
+        distinct = [(better, worse) for better, worse in apart if better.text != worse.text]
+        if not distinct:
+            return "identical chosen and rejected"
+        return distinct if self.name == "margin" else [draw.choice(distinct)]
+
+    def is_good(self, response: Candidate) -> bool:
+        """Whether a response reaches the threshold."""
+        assert self.threshold is not None, "only rule threshold has one"
+        return response.score >= self.threshold
+
+    def _apart(self, better: float, worse: float) -> bool:
+        # 0.9 and 0.8 differ by 0.1, whatever floating point makes of them.
+        difference = better - worse
+        return difference > 0 and (difference >= self.margin or math.isclose(difference, self.margin, rel_tol=1e-9))
+
+
+@dataclass(frozen=True, slots=True)
+class RowsKind:
+    """What rows offer: enough to say which objectives they serve."""
+
+    legs: frozenset[str]
+    labelled: bool = False
+    scored: bool = False
+
+    @staticmethod
+    def of(row: Row) -> RowsKind:
+        """The kind of one row."""
+        return RowsKind(frozenset(row.responses), row.label is not None, bool(row.candidates))
+
+    def missing(self, wanted: Iterable[str], *, labels: bool) -> list[str]:
+        """Which of the wanted legs, or ``label``, such rows can't give, conversions included."""
+        pairs = self.scored or self.legs >= PAIR
+        offered = self.legs | ({"chosen", "rejected", "gold"} if self.scored else set())
+        offered = offered | ({COMPLETION} if pairs else set()) | {MISMATCHED}
+        lacking = [leg for leg in wanted if leg not in offered]
+        if labels and not (self.labelled or pairs):
+            # A completion without a label is read as the gold response: what such rows lack is the label alone.
+            lacking = [*(leg for leg in lacking if leg != COMPLETION), "label"]
+        return lacking
+
+    def __str__(self) -> str:
+        """The columns such rows have."""
+        legs = [leg for leg in ("chosen", "rejected", "gold", COMPLETION) if leg in self.legs]
+        legs += sorted(self.legs.difference(legs))
+        if legs == ["gold"] and not self.scored:
+            legs = ["completion"]
+        return ", ".join(["prompt", *["responses with scores"] * self.scored, *legs, *["label"] * self.labelled])
+
+
+def objectives_for(kinds: Iterable[RowsKind]) -> list[str]:
+    """Names of the registered objectives, as they are by default, that rows of all these kinds serve."""
+    kinds = list(kinds)
+    names = []
+    for name in OBJECTIVES.names():
+        cls: Any = OBJECTIVES[name]
+        needs = (cls.example() if hasattr(cls, "example") else cls()).needs
+        if not any(kind.missing(needs.legs, labels=needs.labels) for kind in kinds):
+            names.append(name)
+    return names
+
+
+def arrange(
+    rows: Sequence[Row], *, legs: Sequence[str], labels: bool, rule: Rule, seed: int
+) -> tuple[list[Row], list[RowProblem]]:
+    """Gives every row the legs that an objective needs, and a label where it needs one.
+
+    Scored lists become pairs by the rule. Where gold is wanted besides, it is the row's own gold response, or else the
+    single best, and the pair is made of the rest. Gold or chosen wanted alone are the best. Where a completion is
+    wanted, a pair becomes two rows, chosen with label true and rejected with label false; of a scored list, rule
+    threshold labels every response. What is random depends on ``seed`` and the row's source and number, not on its
+    place among the rows.
+
+    Args:
+        rows: as loaded; they are not changed.
+        legs: the responses needed. ``mismatched`` is left to ``with_mismatched``.
+        labels: whether rows need a label.
+        rule: how scored responses become pairs.
+        seed: of what is random.
+    Returns:
+        The rows, in order, and those that the rule leaves out.
+    Raises:
+        DataError: rows lack something that no conversion gives, or all scores of a dataset are equal.
+    """
+    wanted = [leg for leg in legs if leg != MISMATCHED]
+    require(rows, wanted, labels=labels)
+    if not _takes_best(wanted) and not _labels_all(wanted, rule):
+        _refuse_equal_scores(rows)
+    arranged: list[Row] = []
+    problems: list[RowProblem] = []
+    for row in rows:
+        made = _from_scores(row, wanted, rule, seed) if row.candidates else [row]
+        if isinstance(made, str):
+            problems.append(RowProblem(source=row.source, index=row.index, reason=made))
+        elif COMPLETION in wanted:
+            arranged += [half for each in made for half in _halves(each, wanted)]
+        else:
+            arranged += made
+    return arranged, problems
+
+
+def rule_matters(legs: Sequence[str]) -> bool:
+    """Whether the rule has a say in what these legs are made of."""
+    return not _takes_best([leg for leg in legs if leg != MISMATCHED])
+
+
+def _takes_best(wanted: Sequence[str]) -> bool:
+    return list(wanted) in (["gold"], ["chosen"])
+
+
+def _labels_all(wanted: Sequence[str], rule: Rule) -> bool:
+    return rule.name == "threshold" and list(wanted) == [COMPLETION]
+
+
+def _from_scores(row: Row, wanted: Sequence[str], rule: Rule, seed: int) -> list[Row] | str:
+    ranked = row.candidates
+    gold = row.responses.get("gold")
+    if _labels_all(wanted, rule):
+        return [_made(row, {COMPLETION: each}, label=rule.is_good(each)) for each in ranked]
+    if _takes_best(wanted):
+        return [_made(row, {} if wanted[0] in row.responses else {wanted[0]: ranked[0]})]
+    best: dict[str, Candidate] = {}
+    if "gold" in wanted and gold is None:
+        if len(ranked) < 3:
+            return "fewer than three responses with scores"
+        if ranked[0].score == ranked[1].score:
+            return "two responses share the best score, so that none is the gold one"
+        best, ranked = {"gold": ranked[0]}, ranked[1:]
+    pairs = rule.pairs(ranked, random.Random(f"rule/{seed}/{row.source}/{row.index}"))
+    if isinstance(pairs, str):
+        return pairs
+    return [_made(row, {"chosen": better, "rejected": worse, **best}) for better, worse in pairs]
+
+
+def _made(row: Row, legs: Mapping[str, Candidate], label: bool | None = None) -> Row:
+    """The row with these responses as legs, besides a gold response of its own."""
+    return replace(
+        row,
+        responses={**{leg: each.text for leg, each in legs.items()}, **row.responses},
+        scores={**{leg: each.score for leg, each in legs.items()}, **row.scores},
+        label=label,
+        candidates=(),
+    )
+
+
+def _halves(row: Row, wanted: Sequence[str]) -> list[Row]:
+    """A pair as two labelled completions, each with the other legs that are wanted; other rows as they are."""
+    if COMPLETION in row.responses:
+        return [row]
+    kept = {leg: text for leg, text in row.responses.items() if leg in wanted}
+    return [
+        replace(
+            row,
+            responses={COMPLETION: row.responses[leg], **kept},
+            scores={**({COMPLETION: row.scores[leg]} if leg in row.scores else {}), **_only(row.scores, kept)},
+            label=leg == "chosen",
+        )
+        for leg in ("chosen", "rejected")
+    ]
+
+
+def _only(scores: Mapping[str, float], legs: Iterable[str]) -> dict[str, float]:
+    return {leg: scores[leg] for leg in legs if leg in scores}
+
+
+def require(rows: Sequence[Row], wanted: Sequence[str], *, labels: bool) -> None:
+    """Raises ``DataError`` for the first row that lacks a leg or a label: what is missing, and what would work."""
+    kinds: dict[str, dict[RowsKind, Row]] = {}
+    for row in rows:
+        kinds.setdefault(row.source, {}).setdefault(RowsKind.of(row), row)
+    for found in kinds.values():
+        for kind, row in found.items():
+            if missing := kind.missing(wanted, labels=labels):
+                raise DataError(_lacking(row, kind, missing, list(found)))
+
+
+def _lacking(row: Row, kind: RowsKind, missing: Sequence[str], kinds: Sequence[RowsKind]) -> str:
+    legs = [name for name in missing if name != "label"]
+    needs = [f"a {legs[0]} response" if len(legs) == 1 else f"{_listing(legs)} responses"] if legs else []
+    needs += ["a label"] * ("label" in missing)
+    who = "the rows have" if len(kinds) == 1 else "this row has"
+    columns = _listing(["gold (or reference)" if name == "gold" and len(missing) > 1 else name for name in missing])
+    if missing == ["gold"] and kind.labelled:
+        remedy = "set data.format: prompt_completion to train on the completions whatever their label"
+    elif missing == ["gold"]:
+        remedy = "add a gold or reference column (data.columns maps names)"
+    elif missing == ["label"]:
+        remedy = "add a label column with true and false (data.columns maps names)"
+    else:
+        many = len(missing) > 1
+        remedy = f"add {'' if many else 'a '}{columns} column{'s' * many} (data.columns maps names)"
+    names = objectives_for(kinds)
+    other = f", or use an objective that works with this data: {', '.join(names)}" if names else ""
+    return f"{row.where}: the objective needs {_listing(needs)} and {who} {kind}; {remedy}{other}"
+
+
+def _listing(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _refuse_equal_scores(rows: Sequence[Row]) -> None:
+    scores: dict[str, set[float]] = {}
+    for row in rows:
+        if len(seen := scores.setdefault(row.source, set())) < 2:
+            # Rows that are pairs already count as two scores: they need none.
+            seen.update((each.score for each in row.candidates) if row.candidates else (0.0, 1.0))
+    for source, seen in scores.items():
+        if len(seen) == 1:
+            raise DataError(
+                f"{source}: all scores are {seen.pop():g}, so that no pair of a better and a worse response can be "
+                "made; give scores that differ, or use an objective that takes one response: sft"
+            )
+
+
+def refuse_one_class(desirable: int, undesirable: int, names: str) -> None:
+    """Raises ``DataError`` if all labels of a training set are the same."""
+    if (desirable == 0) == (undesirable == 0):
+        return
+    label, other = ("true", "false") if desirable else ("false", "true")
+    alone = ", or train on the completions as they are: objective sft with data.format prompt_completion"
+    raise DataError(
+        f"{names}: all {desirable + undesirable} training rows have label {label}, and the objective learns from both "
+        f"kinds; add rows with label {other} (of scored responses: change data.threshold){alone if desirable else ''}"
+    )
+
+
+def with_mismatched(rows: Sequence[Row], seed: int) -> list[Row]:
+    """Every row with a leg ``mismatched``: the completion of another row, whose prompt differs.
+
+    Rows are shuffled, those of one prompt are put side by side, and all completions move on by the number of rows of
+    the commonest prompt: each serves once, and none its own prompt. Where one prompt has more than half of the rows,
+    the other completions serve several times. Text is only put after text, and messages after messages.
+
+    Raises:
+        DataError: all rows have the same prompt.
+    """
+    other: dict[int, int] = {}
+    for is_text in (True, False):
+        numbers = [i for i, row in enumerate(rows) if isinstance(row.prompt, str) is is_text]
+        other.update(_other_prompts(numbers, [prompt_key(rows[i].prompt) for i in numbers], rows, seed))
+    return [
+        replace(row, responses={**row.responses, MISMATCHED: rows[other[i]].responses[COMPLETION]})
+        for i, row in enumerate(rows)
+    ]
+
+
+def _other_prompts(numbers: Sequence[int], prompts: Sequence[str], rows: Sequence[Row], seed: int) -> dict[int, int]:
+    """For each row number one of another prompt."""
+    if not numbers:
+        return {}
+    order = list(range(len(numbers)))
+    random.Random(f"mismatched/{seed}").shuffle(order)
+    groups: dict[str, list[int]] = {}
+    for i in order:
+        groups.setdefault(prompts[i], []).append(numbers[i])
+    if len(groups) == 1:
+        chat = "" if len(numbers) == len(rows) else " among those written as text or as messages alike (data.as_chat)"
+        raise DataError(
+            f"{rows[numbers[0]].where}: all {len(numbers)} rows{chat} have the same prompt, and the objective needs "
+            "completions of another one to compare with (mismatched); add rows with other prompts"
+        )
+    # A stable sort by nothing but the groups' first appearance keeps them side by side in shuffled order.
+    lined_up = [number for group in groups.values() for number in group]
+    largest = max(groups.values(), key=len)
+    if 2 * len(largest) <= len(lined_up):
+        return dict(zip(lined_up, lined_up[len(largest) :] + lined_up[: len(largest)], strict=True))
+    own = set(largest)
+    rest = [number for number in lined_up if number not in own]
+    return {
+        **{number: rest[i % len(rest)] for i, number in enumerate(largest)},
+        **{number: largest[i % len(largest)] for i, number in enumerate(rest)},
+    }
+
+
+def prompt_key(prompt: Text) -> str:
+    """The same text for the same prompt, whatever the order of its messages' keys."""
+    return prompt if isinstance(prompt, str) else "\0" + json.dumps(prompt, sort_keys=True, ensure_ascii=False)

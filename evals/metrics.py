@@ -1,0 +1,10 @@
+"""Every metric that results may hold, and what it means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from evals import labelled, ranking
+from evals.ranking import Metric
+
+METRICS: Mapping[str, Metric] = {**ranking.METRICS, **labelled.METRICS}
