@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -22,8 +23,11 @@ from align.sections import SECTIONS
 from data.errors import DataError
 from objectives.registry import defaults, field_docs
 
+Measure = Callable[[Any, Any, int], list[Any]]
+"""Maps a policy, its tokenizer and the number of steps taken to results."""
 
-def main(arguments: Sequence[str] | None = None) -> int:
+
+def main(arguments: Sequence[str] | None = None, measure: Measure | None = None) -> int:
     """Runs one recipe. Returns the exit status: 0, or 2 after one sentence on what is wrong."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or "--help" in words or "-h" in words:
@@ -31,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         recipe = read_recipe(*_config(words))
-        run(recipe, command=shlex.join(["align/train.py", *words]))
+        run(recipe, command=shlex.join(["align/train.py", *words]), measure=measure)
     except (RecipeError, DataError, RunError) as error:
         first = os.environ.get("RANK", "0") == "0" or "LOCAL_RANK" not in os.environ
         # Usually all processes say the same, but not always.
@@ -84,12 +88,14 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def run(recipe: Recipe, command: str = "") -> Path:
+def run(recipe: Recipe, command: str = "", measure: Measure | None = None) -> Path:
     """Trains as the recipe says.
 
     Args:
         recipe: from ``read_recipe``.
         command: the command line, for the model card.
+        measure: called on the first process before the first step and after the last one, for results that need
+            samples of the policy.
     Returns:
         The run directory.
     Raises:
@@ -145,12 +151,16 @@ def run(recipe: Recipe, command: str = "") -> Path:
     with saving.explained(output_dir):
         if first:
             run_directory.begin(ready, output_dir, checkpoint, held_out, say)
+        measured = list(measure(trainer.model, tokenizer, 0)) if first and measure is not None else []
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.save_model()
         if held_out is not None and held_out.last_step != trainer.state.global_step:
             trainer.evaluate()
         if first:
-            run_directory.finish(ready, output_dir, held_out.results if held_out else [], command, say)
+            if measure is not None:
+                measured += measure(trainer.unwrapped, tokenizer, trainer.state.global_step)
+            results = [*(held_out.results if held_out else []), *measured]
+            run_directory.finish(ready, output_dir, results, command, say)
     trainer.accelerator.wait_for_everyone()
     return output_dir
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from evals import labelled, ranking
+from evals import labelled, ranking, worlds
 from evals.ranking import Metric
 
-METRICS: Mapping[str, Metric] = {**ranking.METRICS, **labelled.METRICS}
+METRICS: Mapping[str, Metric] = {**ranking.METRICS, **labelled.METRICS, **worlds.METRICS}

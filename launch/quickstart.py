@@ -1,138 +1,121 @@
-"""The main job on an embedded default: a model and preferences made on the spot, trained, evaluated, reported.
+"""The main job on the embedded world: sample from the shipped policy, score, make pairs, train, evaluate.
 
     make quickstart            or: .venv/bin/python -m launch.quickstart [--output_dir runs/quickstart]
 
-The preferences follow a rule that nobody told the model: the chosen answer takes up the subject of the question, the
-rejected one is as long and takes up another. A model with random weights is at chance on held-out
-questions; after about a minute of training it is not, and the table says by how much, with 95 % intervals.
+The policy is a language model of about one million parameters that answers short word problems, and gets less than half
+of them right when sampled. Its own samples are scored against the known answers and paired, the better against a worse
+one; DPO learns from the pairs. The table compares it before and after on problems whose numbers it has never seen, and
+on stories it has never been told, with 95 % intervals. What is left behind is a complete run directory.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import random
 import shutil
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from align.sampling import Sampling, sample
 from align.train import main as train
 from align.train import quiet_libraries
+from data.worlds import POLICY, Problem, problems, scored
+from evals.worlds import Answers
 
-WORDS = [
-    "moon",
-    "river",
-    "stone",
-    "bread",
-    "violin",
-    "garden",
-    "winter",
-    "letter",
-    "candle",
-    "harbour",
-    "thunder",
-    "paper",
-]
-OPENINGS = ["tell me about the", "what do you know of the", "write a line on the", "do you like the"]
-KINDS = ["old", "blue", "quiet", "small", "broken", "golden", "lost", "famous", "foreign", "heavy"]
-PLACES = ["north", "kitchen", "valley", "museum", "story", "village", "attic", "film", "market", "dream"]
-SHOWN = {
-    "ranking/accuracy": "chosen more probable than rejected",
-    "rewards/accuracies": "chosen raised more than rejected",
-    "displacement/chosen": "log-prob of chosen answers, change",
-    "displacement/rejected": "log-prob of rejected answers, change",
-}
+ROWS = (
+    ("answers/accuracy", "held out", "right answers, unseen numbers"),
+    ("answers/accuracy", "held out templates", "right answers, unseen stories"),
+    ("answers/win_rate", "held out", "gold win rate against the start"),
+    ("ranking/accuracy", "test", "better answer more probable"),
+    ("displacement/chosen", "test", "log-prob of better answers, change"),
+)
+DRAW = Sampling(n=8, temperature=1.0, max_new_tokens=64, batch=512)
 
 
-def make_pairs(number: int, seed: int) -> list[dict[str, str]]:
-    """Questions, no two alike, with a chosen answer that keeps to the subject and a rejected one that does not."""
-    rng = random.Random(seed)
-    pairs = []
-    for opening, kind, subject, place in rng.sample(list(itertools.product(OPENINGS, KINDS, WORDS, PLACES)), number):
-        other = rng.choice([word for word in WORDS if word != subject])
-        start = rng.choice(["so", "well", "yes", "ah"])
-        pairs.append(
-            {
-                "prompt": f"{opening} {kind} {subject} of the {place} ?",
-                "chosen": f" {start} , the {subject}",
-                "rejected": f" {start} , the {other}",
-            }
-        )
-    return pairs
-
-
-def save_model(folder: Path) -> None:
-    """A Llama of two layers with random weights and a tokenizer of whole words."""
+def load_policy() -> tuple[Any, Any]:
+    """The shipped model and its tokenizer."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    pieces = {word for pair in make_pairs(1000, 0) for text in pair.values() for word in text.split()}
-    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "<unk>", *sorted(pieces)])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=64,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(POLICY, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(POLICY)
+
+
+def draw(model: Any, tokenizer: Any, asked: Sequence[Problem], seed: int) -> list[list[str]]:
+    """Eight answers of the policy to each problem."""
+    how = Sampling(n=DRAW.n, max_new_tokens=DRAW.max_new_tokens, batch=DRAW.batch, seed=seed)
+    return sample(model, tokenizer, [({"role": "user", "content": problem.question},) for problem in asked], how)
+
+
+def write_rows(path: Path, rows: Sequence[Any]) -> None:
+    """One JSON object per line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def table(run: Path) -> str:
     """Before and after, with intervals, from ``results.json``."""
     results = json.loads((run / "results.json").read_text())["results"]
-    steps = sorted({result["step"] for result in results})
-    lines = [f"{'held-out questions':<38}{'before':>24}{'after':>24}"]
-    for metric, label in SHOWN.items():
+    last = max(result["step"] for result in results)
+    lines = [f"{'':<36}{'before':>25}{'after':>25}"]
+    for metric, split, label in ROWS:
         cells = []
-        for step in (steps[0], steps[-1]):
-            r = next(r for r in results if r["metric"] == metric and r["step"] == step)
-            cells.append(f"{r['value']:8.3f} [{r['low']:.3f}, {r['high']:.3f}]")
-        lines.append(f"{label:<38}{cells[0]:>24}{cells[1]:>24}")
+        for step in (0, last):
+            r = next(r for r in results if (r["metric"], r["split"], r["step"]) == (metric, split, step))
+            cells.append(f"{r['value']:8.3f} [{r['low']:6.3f}, {r['high']:6.3f}]")
+        lines.append(f"{label:<36}{cells[0]:>25}{cells[1]:>25}")
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Makes model and data, trains with the shipped recipe, prints the table."""
+    """Samples, scores, pairs, trains with the shipped recipe, and prints the table."""
     parser = argparse.ArgumentParser(prog="python -m launch.quickstart", description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"))
-    output_dir = parser.parse_args(arguments).output_dir
+    output_dir: Path = parser.parse_args(arguments).output_dir
     inputs = output_dir.with_name(output_dir.name + "-inputs")
     quiet_libraries()
     shutil.rmtree(inputs, ignore_errors=True)
-    inputs.mkdir(parents=True)
-    save_model(inputs / "model")
-    (inputs / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in make_pairs(2000, 0)))
+    began = time.perf_counter()
+    model, tokenizer = load_policy()
+    for name, asked, seed in (
+        ("train", problems("train", 700, seed=1), 1),
+        ("test", problems("held_out", 200, seed=2), 2),
+    ):
+        made = scored(asked, draw(model, tokenizer, asked, seed))
+        write_rows(inputs / f"{name}.jsonl", made.rows)
+        print(
+            f"{name}: {len(asked)} problems, {DRAW.n} samples each, scored ({time.perf_counter() - began:.0f} s); "
+            f"{made.left_out} problems with equal scores only",
+            flush=True,
+        )
+    held_out = {
+        "held_out": problems("held_out", 500, seed=3),
+        "held_out_templates": problems("held_out_templates", 200, seed=3),
+    }
     status = train(
         [
             f"--config={Path(__file__).parent / 'recipes' / 'dpo.yaml'}",
-            f"--model_name_or_path={inputs / 'model'}",
-            f"--dataset_name={inputs / 'pairs.jsonl'}",
+            f"--model_name_or_path={POLICY}",
+            f"--dataset_name={inputs / 'train.jsonl'}",
+            f"--eval_dataset_name={inputs / 'test.jsonl'}",
             f"--output_dir={output_dir}",
             "--overwrite_output_dir",
-            "--learning_rate=2e-3",
+            "--rule=best_vs_random",
+            "--beta=0.5",
+            "--learning_rate=5e-4",
             "--num_train_epochs=4",
             "--rows_per_step=32",
-            "--eval_share=0.15",
-            "--logging_steps=20",
-        ]
+            "--logging_steps=10",
+        ],
+        measure=Answers(held_out, Sampling(n=4, max_new_tokens=64, batch=512, seed=7)),
     )
     if status:
         return status
     print(f"\n{table(output_dir)}\n\nreport {output_dir}/report.html   card {output_dir}/README.md")
+    print(f"{time.perf_counter() - began:.0f} s; the pairs are in {inputs}")
     return 0
 
 
