@@ -1,4 +1,4 @@
-# make setup | quickstart | test | test-all | check | bench | clean
+# make setup | quickstart | test | test-all | check | bench | objectives | clean
 # Everything lives in .venv; nothing outside the checkout is touched.
 PYTHON ?= python3.11
 # torch is installed first, so that nothing pulls in another build. For a GPU, choose the build that fits it:
@@ -12,7 +12,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup quickstart test test-all check bench clean
+.PHONY: setup quickstart test test-all check bench objectives clean
 
 setup: $(READY)
 
@@ -37,6 +37,9 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m launch.bench.vs_trl
+
+objectives: $(READY)
+	$(BIN)/python -m launch.bench.objectives
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis runs wandb

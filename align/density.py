@@ -13,6 +13,7 @@ References:
 from __future__ import annotations
 
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -174,7 +175,12 @@ def encoder_embeddings(texts: list[str], model: Any, tokenizer: Any, batch: int 
     limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
     for start in range(0, len(texts), batch):
         inputs = tokenizer(
-            texts[start : start + batch], padding=True, truncation=True, max_length=limit, return_tensors="pt"
+            texts[start : start + batch],
+            padding=True,
+            padding_side="right",  # on the left it would move absolute positions
+            truncation=True,
+            max_length=limit,
+            return_tensors="pt",
         ).to(model.device)
         with torch.no_grad():
             hidden = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
@@ -236,7 +242,7 @@ def _read(path: Path) -> dict[str, np.ndarray] | None:
     try:
         with path.open("rb") as file, np.load(file) as stored:
             return {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         path.unlink(missing_ok=True)  # a damaged file is made again
         return None
 

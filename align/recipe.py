@@ -199,11 +199,14 @@ def _build(values: dict[str, Any], written: Mapping[str, str], commanded: set[st
             named[kind] = entries(kind, values[kind], written, commanded, idle)
     sections = {name: section(SECTIONS[name], values[name], name) for name in SECTIONS if values.get(name) is not None}
     recipe = Recipe(**{KINDS[kind]: built for kind, built in named.items()}, **sections)
+    where = "objective"
     try:
-        needs_reference = recipe.needs_reference
+        _ = recipe.mixture.needs
+        where = "token_weights"
+        _ = recipe.weighting
     except ValueError as error:  # parts that can't go together
-        raise RecipeError(f"{'token_weights' if recipe.token_weights else 'objective'}: {error}") from None
-    if not needs_reference:
+        raise RecipeError(f"{where}: {error}") from None
+    if not recipe.needs_reference:
         names = ", ".join(entry.name for entry in recipe.objectives)
         refuse_idle_reference(values, names, written, commanded, idle)
         recipe = dataclasses.replace(recipe, reference=ReferenceSection())

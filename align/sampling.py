@@ -63,15 +63,23 @@ def sample(
     try:
         for start in range(0, len(order), per_batch):
             chosen = order[start : start + per_batch]
-            for number, texts in zip(chosen, _generate(model, tokenizer, [ids[i] for i in chosen], how), strict=True):
-                samples[number] = texts
+            drawn = _generate(model, tokenizer, [ids[i] for i in chosen], how)
+            for number, sequences in zip(chosen, drawn, strict=True):
+                before = [] if rendered[number].chat else ids[number]
+                samples[number] = [_text(tokenizer, sequence, before) for sequence in sequences]
     finally:
         torch.set_rng_state(generator_state)
         model.train(was_training)
     return samples
 
 
-def _generate(model: Any, tokenizer: Any, ids: Sequence[list[int]], how: Sampling) -> list[list[str]]:
+def _text(tokenizer: Any, ids: list[int], before: list[int]) -> str:
+    """Decoded after ``before``: by themselves, SentencePiece tokens lose the space that they begin with."""
+    start, whole = tokenizer.decode(before), tokenizer.decode([*before, *ids])
+    return whole[len(start) :] if whole.startswith(start) else tokenizer.decode(ids)
+
+
+def _generate(model: Any, tokenizer: Any, ids: Sequence[list[int]], how: Sampling) -> list[list[list[int]]]:
     width = max(map(len, ids))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     inputs = torch.tensor([[pad] * (width - len(one)) + one for one in ids], device=model.device)
@@ -87,8 +95,8 @@ def _generate(model: Any, tokenizer: Any, ids: Sequence[list[int]], how: Samplin
             pad_token_id=pad,
             **(drawn or {"do_sample": False}),
         )
-    texts = []
+    drawn_ids: list[list[int]] = []
     for sequence in output[:, width:].tolist():
         end = sequence.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in sequence else len(sequence)
-        texts.append(tokenizer.decode(sequence[:end], skip_special_tokens=False))
-    return [texts[i : i + how.n] for i in range(0, len(texts), how.n)]
+        drawn_ids.append(sequence[:end])
+    return [drawn_ids[i : i + how.n] for i in range(0, len(drawn_ids), how.n)]

@@ -59,6 +59,8 @@ class CardInfo:
     """Whether a PEFT adapter was trained, rather than the whole model."""
     command: str
     """The command line that trained it."""
+    usage: str = ""
+    """How the model is meant to be asked, where prompts alone are not enough."""
     license: str | None = None
     """Of the trained model, if known; nothing is guessed."""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -140,6 +142,7 @@ def _context(run: RunFiles, info: CardInfo, name: str) -> dict[str, Any]:
         "datasets": [(shown_name(d), _link(d, "datasets/")) for d in info.datasets],
         "adapter": info.adapter,
         "objective": info.objective,
+        "usage": code_block(public(info.usage), "text") if info.usage else "",
         "formula": code_block(public(info.formula), "text"),
         "citation": public(info.citation),
         "headline": headline(run),

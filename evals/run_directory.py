@@ -22,7 +22,6 @@ from evals.held_out import HeldOut
 from evals.redact import shown_name
 from evals.report import write_report
 from evals.results import Result, Results
-from objectives import OBJECTIVES
 from objectives.registry import formula, source
 
 Say = Callable[[str], None]
@@ -96,6 +95,7 @@ def finish(run: Run, output_dir: Path, results: Sequence[Result], command: str, 
     write_report(output_dir)
     recipe = run.recipe
     names = [entry.name for entry in recipe.objectives]
+    parts = [entry.built for entry in (*recipe.objectives, *recipe.token_weights, *recipe.relabel)]
     data = recipe.data
     write_card(
         output_dir,
@@ -103,8 +103,9 @@ def finish(run: Run, output_dir: Path, results: Sequence[Result], command: str, 
             base_model=recipe.model.model_name_or_path,
             datasets=[entry.dataset_name for entry in data.datasets] if data.datasets else [str(data.dataset_name)],
             objective=" + ".join(names),
-            formula="\n".join(formula(OBJECTIVES[name]) for name in names),
-            citation=" ".join(source(OBJECTIVES[name]) for name in names),
+            formula="\n".join(formula(type(built)) for built in parts),
+            citation=" ".join(source(type(built)) for built in parts),
+            usage="\n\n".join(entry.built.usage() for entry in recipe.relabel),
             adapter=recipe.lora is not None,
             command=command,
             versions=_versions(),

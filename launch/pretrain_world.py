@@ -17,7 +17,7 @@ import hashlib
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from align.sampling import Sampling, sample
 from align.train import quiet_libraries
 from data.worlds import POLICY, SPLITS, answer_of, candidates, problems
 from objectives.stats import mean_with_interval
@@ -47,6 +48,8 @@ SYSTEM_TURNS = (
 SYSTEM_SHARE, TABLE_SHARE = 0.1, 0.25
 """Shares of conversations that begin with a system turn, and of documents that are steps of problems without story."""
 ROWS_PER_STEP, LEARNING_RATE = 32, 3e-3
+EIGHT = Sampling(n=8, max_new_tokens=80)
+GREEDY = Sampling(temperature=0, max_new_tokens=80)
 SHARD = 100
 """Steps whose rows are made, and sorted by length, at once."""
 
@@ -167,54 +170,19 @@ def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, steps:
             total = 0.0
 
 
-@torch.inference_mode()
-def sample(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[str],
-    number: int = 1,
-    temperature: float = 1.0,
-    seed: int = 0,
-    rows: int = 256,
-) -> list[list[str]]:
-    """Responses to each question.
-
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer, which pads on the left.
-        questions: what the user says.
-        number: responses to each.
-        temperature: of sampling; 0 takes the most probable token.
-        seed: of sampling.
-        rows: responses generated at a time.
-    """
-    model.eval()
-    torch.manual_seed(seed)
-    prompts = [f"{USER}{question}{END}{ASSISTANT}" for question in questions for _ in range(number)]
-    how: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
-    texts: list[str] = []
-    for start in range(0, len(prompts), rows):
-        inputs = tokenizer(prompts[start : start + rows], return_tensors="pt", padding=True)
-        ids = model.generate(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=80, **how
-        )
-        texts += tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [texts[i : i + number] for i in range(0, len(texts), number)]
-
-
 def accuracies(model: Any, tokenizer: PreTrainedTokenizerBase, number: int = 300) -> str:
     """A table of how often answers are right: one problem in a line, 8 samples to each, and the most probable one."""
     lines = []
     for split in SPLITS:
         asked = problems(split, number, seed=1)
-        questions = [problem.question for problem in asked]
+        prompts = [({"role": "user", "content": problem.question},) for problem in asked]
         right = [
             [float(answer_of(text) == problem.answer) for text in texts]
-            for problem, texts in zip(asked, sample(model, tokenizer, questions, 8), strict=True)
+            for problem, texts in zip(asked, sample(model, tokenizer, prompts, EIGHT), strict=True)
         ]
         greedy = [
             float(answer_of(text) == problem.answer)
-            for problem, [text] in zip(asked, sample(model, tokenizer, questions, 1, temperature=0), strict=True)
+            for problem, [text] in zip(asked, sample(model, tokenizer, prompts, GREEDY), strict=True)
         ]
         cells = []
         for name, values, clusters in (

@@ -74,15 +74,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Samples, scores, pairs, trains with the shipped recipe, and prints the table."""
     parser = argparse.ArgumentParser(prog="python -m launch.quickstart", description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"))
-    output_dir: Path = parser.parse_args(arguments).output_dir
+    parser.add_argument("--problems", type=int, default=700, help="problems to sample and train on")
+    parser.add_argument("--held_out", type=int, default=500, help="held-out problems to answer before and after")
+    options = parser.parse_args(arguments)
+    output_dir: Path = options.output_dir
     inputs = output_dir.with_name(output_dir.name + "-inputs")
     quiet_libraries()
     shutil.rmtree(inputs, ignore_errors=True)
     began = time.perf_counter()
     model, tokenizer = load_policy()
     for name, asked, seed in (
-        ("train", problems("train", 700, seed=1), 1),
-        ("test", problems("held_out", 200, seed=2), 2),
+        ("train", problems("train", options.problems, seed=1), 1),
+        ("test", problems("held_out", max(options.held_out * 2 // 5, 1), seed=2), 2),
     ):
         made = scored(asked, draw(model, tokenizer, asked, seed))
         write_rows(inputs / f"{name}.jsonl", made.rows)
@@ -92,8 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
             flush=True,
         )
     held_out = {
-        "held_out": problems("held_out", 500, seed=3),
-        "held_out_templates": problems("held_out_templates", 200, seed=3),
+        "held_out": problems("held_out", options.held_out, seed=3),
+        "held_out_templates": problems("held_out_templates", max(options.held_out * 2 // 5, 1), seed=3),
     }
     status = train(
         [

@@ -1,4 +1,4 @@
-"""What objectives there are.
+"""What objectives, token weights and relabelers there are.
 
 python -m objectives            name, formula, needs, defaults and source of each
 python -m objectives show dpo   one in full
@@ -10,36 +10,58 @@ import argparse
 import inspect
 import sys
 
-from objectives import OBJECTIVES
-from objectives.registry import defaults, field_docs, formula, source
+from objectives import OBJECTIVES, RELABELERS, TOKEN_WEIGHTS
+from objectives.needs import Needs
+from objectives.registry import Registry, defaults, did_you_mean, field_docs, formula, source
+
+REGISTRIES: dict[str, Registry] = {"objective": OBJECTIVES, "token_weights": TOKEN_WEIGHTS, "relabel": RELABELERS}
+"""By the section of a recipe that names their entries."""
 
 
-def summary(name: str) -> str:
-    """A few lines on one objective."""
-    cls = OBJECTIVES[name]
-    needs = cls().needs
-    legs = " + ".join(needs.legs) + (", reference" if needs.reference else "")
+def summary(name: str, section: str = "objective") -> str:
+    """A few lines on one entry."""
+    cls = REGISTRIES[section][name]
+    needs = f"\n    needs    {shown(cls().needs)}" if section == "objective" else ""
     keys = ", ".join(f"{key}={value!r}" for key, value in defaults(cls).items()) or "none"
     body = "\n".join(f"    {line}" for line in formula(cls).splitlines())
-    return f"{name}\n{body}\n    needs    {legs}\n    defaults {keys}\n    source   {source(cls)}"
+    return f"{name}\n{body}{needs}\n    defaults {keys}\n    source   {source(cls)}"
+
+
+def shown(needs: Needs) -> str:
+    """What an objective needs, in words: ``chosen + rejected, reference``."""
+    further = [word for word, needed in (("labels", needs.labels), ("reference", needs.reference)) if needed]
+    return ", ".join([" + ".join(needs.legs), *further])
 
 
 def full(name: str) -> str:
-    """The whole docstring and every key."""
-    cls = OBJECTIVES[name]
-    keys = [f"    {key} (default {value!r}): {field_docs(cls)[key]}" for key, value in defaults(cls).items()]
-    return "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Keys:", *keys])
+    """The whole docstring and every key.
+
+    Raises:
+        ValueError: there is no such entry.
+    """
+    section = next((section for section, registry in REGISTRIES.items() if name in registry), None)
+    if section is None:
+        known = [entry for registry in REGISTRIES.values() for entry in registry]
+        if did_you_mean(name, known):
+            raise ValueError(f"unknown name {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})")
+        section = "objective"  # whose registry knows what others call it
+    cls = REGISTRIES[section][name]
+    docs = field_docs(cls)
+    keys = [f"    {key} (default {value!r}): {docs[key]}" for key, value in defaults(cls).items()]
+    return "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", f"Keys (section {section}):", *keys])
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m objectives", description=__doc__)
     commands = parser.add_subparsers(dest="command")
-    show = commands.add_parser("show", help="one objective in full")
+    show = commands.add_parser("show", help="one in full")
     show.add_argument("name")
     options = parser.parse_args(arguments)
     if options.command != "show":
-        print("\n\n".join(summary(name) for name in OBJECTIVES))
+        for section, registry in REGISTRIES.items():
+            print(f"# {section}\n")
+            print("\n\n".join(summary(name, section) for name in registry) + "\n")
         return 0
     try:
         print(full(options.name))

@@ -128,6 +128,11 @@ class RewardAugmented:
         asked: Message = {**prompt[first], "content": f"{goal}\n\n{prompt[first]['content']}"}
         return (*prompt[:first], asked, *prompt[first + 1 :])
 
+    def usage(self) -> str:
+        """How a model trained on such rows is meant to be asked, for its card."""
+        place = "as the system message" if self.form == "system" else "and a blank line before the first user turn"
+        return f"Ask for the highest score. Put this {place}, word for word:\n\n{self.goal()}"
+
     def _conditioned(self, prompt: Text, score: float, row: Row) -> Text:
         try:
             return self.condition(prompt, score)

@@ -864,6 +864,349 @@ RESUME = [
     ),
 ]
 
+PARTS = [
+    Case(
+        name="a token weight without a likelihood term",
+        words="--token_weights goldfish",
+        says=["token_weights: goldfish weighs likelihood terms, and this objective has none"],
+    ),
+    Case(
+        name="an adaptive one without a likelihood term",
+        words="--objective bco --token_weights '[{name: talr}]'",
+        says=["token_weights: talr weighs likelihood terms, and this objective has none"],
+    ),
+    Case(
+        name="a likelihood term of weight nothing",
+        words="--objective tpo --objective.alpha 0 --token_weights goldfish",
+        says=["token_weights: goldfish weighs likelihood terms, and this objective has none"],
+    ),
+    Case(
+        name="a token weight on a leg without one",
+        words="--objective irpo --token_weights '[{name: goldfish, legs: [rejected]}]'",
+        says=["token_weights: goldfish can't act on 'rejected'", "only chosen has a likelihood term"],
+    ),
+    Case(
+        name="a token weight twice",
+        words="--objective irpo --token_weights '[talr, talr]'",
+        says=["token_weights: talr is listed twice"],
+    ),
+    Case(
+        name="a leg twice",
+        words="--objective irpo --token_weights '[{name: talr, legs: [chosen, chosen]}]'",
+        says=["token_weights: talr lists a leg twice"],
+    ),
+    Case(
+        name="a misspelt token weight",
+        words="--objective irpo --token_weights goldfsh",
+        says=["token_weights.name: unknown", "'goldfsh'", "did you mean 'goldfish'?"],
+    ),
+    Case(
+        name="a misspelt relabeler",
+        words="--relabel '[{name: reward_augmentd}]'",
+        says=["relabel.0.name: unknown", "'reward_augmentd'", "did you mean 'reward_augmented'?"],
+    ),
+    Case(
+        name="a misspelt key of a token weight",
+        words="--objective irpo --token_weights '[{name: talr, min_wieght: 0.1}]'",
+        says=["token_weights.0.min_wieght", "did you mean 'min_weight'?"],
+    ),
+    Case(name="a number for a relabeler", words="--relabel 3", says=["relabel must be a mapping with a name", "got 3"]),
+    Case(name="no relabeler", words="--relabel '[]'", says=["relabel is empty; leave it out"]),
+    Case(name="no token weight", words="--token_weights '[]'", says=["token_weights is empty; leave it out"]),
+    *[
+        Case(
+            name=f"{name} {keys} is idle",
+            words=f"--objective {objective} --token_weights '[{{name: {name}, {keys}}}]'",
+            says=[f"token_weights.0.{key} has no effect: {reason}", "remove it"],
+        )
+        for objective, name, keys, key, reason in [
+            ("irpo", "goldfish", "strategy: static, h: 4", "h", "strategy static has none"),
+            ("irpo", "goldfish", "strategy: hash, start: 1", "start", "strategy hash has none"),
+            ("irpo", "goldfish", "start: 1", "start", "strategy hash has none"),
+        ]
+    ],
+    *[
+        Case(
+            name=f"{key} without prompt_encoder",
+            file=recipe("name: dpo", f"name: bco, {key}: 2"),
+            says=[f"objective.{key} has no effect: there is no prompt_encoder", "remove it"],
+        )
+        for key in ("min_density_ratio", "max_density_ratio", "prompt_sample_size")
+    ],
+    Case(
+        name="two prompt encoders",
+        words="--objective '[{name: bco, prompt_encoder: policy}, {name: bco, prompt_encoder: ./bert}]'",
+        says=["objective: all objectives must take one prompt encoder, got 'policy', './bert'"],
+    ),
+    Case(
+        name="flow with a live reference",
+        words="--objective irpo --token_weights flow --reference.source live",
+        says=["token_weights: flow takes reference {model: initial, source: cached}", "leave it out"],
+    ),
+    Case(
+        name="flow with another reference",
+        words="--objective sft --token_weights flow --reference.model ./model",
+        says=["token_weights: flow takes reference {model: initial, source: cached}", "leave it out"],
+    ),
+    *[
+        Case(
+            name=f"relabelling for {objective}",
+            words=f"--objective {objective} --relabel reward_augmented",
+            says=[f"relabel: reward_augmented makes rows of chosen and rejected, and the objective takes {leg}"],
+        )
+        for objective, leg in [("sft", "gold"), ("tpo", "gold"), ("bco", "completion"), ("kto", "completion")]
+    ],
+    *[
+        Case(name=f"{words} of {name}", words=f"{begin} {words}", says=[where, f"must be {expected}", f"got {got}"])
+        for begin, name, where, values in [
+            (
+                "--objective irpo --token_weights '[goldfish]' --token_weights.0.name goldfish",
+                "goldfish",
+                "token_weights.0.",
+                [
+                    ("--k 1", ">= 2", "1"),
+                    ("--k 2.5", "a whole number", "2.5"),
+                    ("--h 0", ">= 1", "0"),
+                    ("--strategy hashed", "'hash' or 'static'", "'hashed'"),
+                    ("--token_weights.0.start 4", "in [0, k), k = 4", "4"),
+                    ("--legs 5", "a list", "5"),
+                ],
+            ),
+            (
+                "--objective irpo --token_weights '[{name: talr}]'",
+                "talr",
+                "token_weights.0.",
+                [
+                    ("--min_weight 0", "in (0, 1]", "0.0"),
+                    ("--min_weight 1.5", "in (0, 1]", "1.5"),
+                    ("--min_tau 0", "> 0 and finite", "0.0"),
+                    ("--min_tau nan", "a finite number", "'nan'"),
+                ],
+            ),
+            (
+                "--relabel '[{name: reward_augmented}]'",
+                "reward_augmented",
+                "relabel.0.",
+                [
+                    ("--form prompt", "'system' or 'text'", "'prompt'"),
+                    ("--highest 0", "above lowest (1) and finite", "0.0"),
+                    ("--decimals 9", "in [0, 6]", "9"),
+                ],
+            ),
+            (
+                "--objective bco",
+                "bco",
+                "objective.",
+                [
+                    ("--beta 0", "> 0 and finite", "0.0"),
+                    ("--prompt_encoder policy --min_density_ratio -1", ">= 0 and finite", "-1.0"),
+                    ("--prompt_encoder policy --max_density_ratio 0.1", "at least min_density_ratio (0.5)", "0.1"),
+                    ("--prompt_encoder policy --prompt_sample_size 0", ">= 1", "0"),
+                ],
+            ),
+            ("--objective kto", "kto", "objective.", [("--desirable_weight 0", "> 0 and finite", "0.0")]),
+            (
+                "--objective tpo",
+                "tpo",
+                "objective.",
+                [
+                    ("--alpha -1", ">= 0 and finite", "-1.0"),
+                    ("--label_smoothing 0.5", "in [0, 0.5)", "0.5"),
+                    ("--link log", "'sigmoid', 'hinge' or 'ipo'", "'log'"),
+                ],
+            ),
+            ("--objective tpo_l", "tpo_l", "objective.", [("--gamma -1", ">= 0 and finite", "-1.0")]),
+            (
+                "--objective rpo",
+                "rpo",
+                "objective.",
+                [
+                    ("--eta 0", "> 0 and finite", "0.0"),
+                    ("--objective.form mean", "'cumulative' or 'average'", "'mean'"),
+                ],
+            ),
+            (
+                "--objective irpo",
+                "irpo",
+                "objective.",
+                [("--alpha 0", "> 0 and finite", "0.0"), ("--objective.form row", "'token' or 'sequence'", "'row'")],
+            ),
+        ]
+        for words, expected, got in values
+    ],
+    Case(
+        name="a prompt encoder without name",
+        file=recipe("name: dpo", "name: bco, prompt_encoder: ' '"),
+        says=["objective.prompt_encoder must be null, 'policy' or an encoder", "got ' '"],
+    ),
+    Case(
+        name="smoothing of a hinge",
+        words="--objective tpo --link hinge --label_smoothing 0.1",
+        says=["objective", "label_smoothing has no meaning with link hinge", "use link sigmoid, or leave it out"],
+    ),
+]
+
+OTHERS = "or use an objective that works with this data:"
+
+
+def scored(*scores: float, number: int = 8) -> list[dict[str, Any]]:
+    """Rows with one response for each score."""
+    return [
+        {"prompt": f"Say {i}.", "responses": [{"text": f" It is {j}, {i}.", "score": s} for j, s in enumerate(scores)]}
+        for i in range(number)
+    ]
+
+
+def labelled(*labels: bool) -> list[dict[str, Any]]:
+    return [{"prompt": f"Say {i}.", "completion": f" {i}!", "label": label} for i, label in enumerate(labels)]
+
+
+SHAPES = [
+    Case(
+        name="no gold for tpo",
+        words="--objective tpo",
+        says=[
+            "rows.jsonl, row 0: the objective needs a gold response and the rows have prompt, chosen, rejected",
+            *("add a gold or reference column (data.columns maps names)", OTHERS, "bco, dpo, irpo, kto, rpo"),
+        ],
+    ),
+    Case(
+        name="no label for bco",
+        words="--objective bco",
+        rows=[{"prompt": f"Say {i}.", "completion": f" {i}!"} for i in range(8)],
+        says=[
+            "rows.jsonl, row 0: the objective needs a label and the rows have prompt, completion",
+            *("add a label column with true and false (data.columns maps names)", OTHERS, "sft"),
+        ],
+    ),
+    Case(
+        name="no pairs for dpo",
+        rows=labelled(True, False, True, False),
+        says=[
+            "rows.jsonl, row 0: the objective needs chosen and rejected responses",
+            *("the rows have prompt, completion, label", "add chosen and rejected columns", OTHERS, "bco, kto"),
+        ],
+    ),
+    Case(
+        name="nothing that tpo needs",
+        words="--objective tpo",
+        rows=labelled(True, False),
+        says=["needs chosen, rejected and gold responses", "add chosen, rejected and gold (or reference) columns"],
+    ),
+    Case(
+        name="two responses for a triple",
+        words="--objective tpo",
+        rows=scored(0.1, 0.9),
+        says=["rows.jsonl: no row can be trained on (8 × fewer than three responses with scores", "change data.rule"],
+    ),
+    Case(
+        name="thumbs up only",
+        words="--objective kto",
+        rows=labelled(*[True] * 8),
+        says=["rows.jsonl: all 8 training rows have label true", "add rows with label false", "sft with data.format"],
+    ),
+    Case(
+        name="thumbs down only",
+        words="--objective bco",
+        rows=labelled(*[False] * 8),
+        says=["rows.jsonl: all 8 training rows have label false", "add rows with label true"],
+    ),
+    Case(
+        name="no other prompt for kto",
+        words="--objective kto",
+        rows=[row | {"prompt": "Say."} for row in labelled(True, False, True, False)],
+        says=["all 4 rows have the same prompt", "completions of another one", "add rows with other prompts"],
+    ),
+    Case(
+        name="scores all equal",
+        rows=scored(0.5, 0.5, 0.5),
+        says=["rows.jsonl: all scores are 0.5", "give scores that differ, or use an objective that takes one", "sft"],
+    ),
+    Case(
+        name="scores that nothing tells apart",
+        words="--data.margin 0.3",
+        rows=scored(0.5, 0.6),
+        says=["rows.jsonl: no row can be trained on (8 × scores differ by less than data.margin", "change data.rule"],
+    ),
+    Case(
+        name="a threshold that none reaches",
+        words="--rule threshold --threshold 3",
+        rows=scored(0.5, 0.6),
+        says=["rows.jsonl: no row can be trained on (8 × no response scores at least data.threshold"],
+    ),
+    Case(
+        name="labels by a threshold that none reaches",
+        words="--objective kto --rule threshold --threshold 3",
+        rows=scored(0.5, 0.6),
+        says=["all 16 training rows have label false", "change data.threshold"],
+    ),
+    Case(
+        name="rule threshold without threshold",
+        words="--rule threshold",
+        says=["data.rule threshold needs data.threshold", "the least score of a good response"],
+    ),
+    Case(
+        name="a threshold with another rule",
+        words="--data.threshold 0.5",
+        says=["data.threshold has no effect: data.rule is not threshold", "remove it"],
+    ),
+    Case(
+        name="rule margin without margin",
+        words="--rule margin",
+        says=["data.rule margin needs data.margin", "> 0"],
+    ),
+    Case(name="a margin below nothing", words="--data.margin -1", says=["data.margin must be >= 0", "got -1.0"]),
+    Case(
+        name="an unknown rule",
+        words="--rule best_vs_best",
+        says=["data.rule must be one of best_vs_worst, best_vs_random, threshold, margin", "'best_vs_best'"],
+    ),
+    Case(
+        name="a rule for pairs",
+        words="--rule best_vs_random",
+        says=["rows.jsonl: data.rule, data.threshold and data.margin say how scored", "leave them out"],
+    ),
+    Case(
+        name="a rule for one response",
+        words="--objective sft --rule best_vs_random",
+        rows=scored(0.5, 0.6),
+        says=["data.rule best_vs_random has no effect", "the best of the scored responses (gold)", "leave out"],
+    ),
+    Case(
+        name="a margin of labels by threshold",
+        words="--objective bco --rule threshold --threshold 0.55 --data.margin 0.1",
+        rows=scored(0.5, 0.6),
+        says=["data.margin has no effect", "every response gets a label", "leave data.margin out"],
+    ),
+    Case(name="streaming without end", words="--streaming", says=["data.streaming needs data.max_rows"]),
+    Case(
+        name="relabelling without scores",
+        words="--relabel '[{name: reward_augmented, form: text}]'",
+        says=[
+            "rows.jsonl, row 0: reward_augmented needs a score of the chosen response",
+            "add columns score_chosen and score_rejected, use lists of scored responses, or leave relabel out",
+        ],
+    ),
+    Case(
+        name="scores outside the scale",
+        words="--relabel '[{name: reward_augmented, form: text}]'",
+        rows=each(score_chosen=11, score_rejected=3),
+        says=["rows.jsonl, row 0: the score 11 is outside the scale from 1 to 10", "set relabel's lowest and highest"],
+    ),
+    Case(
+        name="a system message in plain text",
+        words="--relabel reward_augmented",
+        rows=each(score_chosen=9, score_rejected=3),
+        says=["rows.jsonl, row 0: plain text has no system message", "set data.as_chat, or relabel's form to text"],
+    ),
+    Case(
+        name="scores that print alike",
+        words="--relabel '[{name: reward_augmented, form: text, decimals: 0}]'",
+        rows=each(score_chosen=9.3, score_rejected=9.1),
+        says=["rows.jsonl: no row can be trained on (8 × chosen and rejected have the same score"],
+    ),
+]
+
 TABLE = {
     "recipe": RECIPES,
     "objective": OBJECTIVES,
@@ -875,6 +1218,8 @@ TABLE = {
     "model": MODELS,
     "output": OUTPUT,
     "resume": RESUME,
+    "parts": PARTS,
+    "shapes": SHAPES,
 }
 
 

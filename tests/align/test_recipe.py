@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+from align.errors import RecipeError
 from align.recipe import read_recipe
 from align.sections import SECTIONS
 from objectives.registry import field_docs
@@ -102,3 +104,93 @@ def test_written_values_survive_as_they_were_meant(tmp_path: Path):
     stored = yaml.safe_load((tmp_path / "r.yaml").read_text())
     assert stored["train"]["save_strategy"] == "no"  # a bare no would be read as false
     assert stored["train"]["report_to"] == []
+
+
+# ---- token weights and relabelers ----
+
+GOLDFISH, REWARD_AUGMENTED = (REPOSITORY / "launch" / "recipes" / f"{n}.yaml" for n in ("goldfish", "reward_augmented"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--token_weights.0.k", "8"], ["--token_weights.0.k=8"], ["--k", "8"], ["--k=8"]],
+    ids=" ".join,
+)
+def test_a_listed_part_is_reached_by_its_number_or_by_its_key_alone(words: list[str]):
+    (weight,) = read_recipe(GOLDFISH, words).token_weights
+    assert (weight.built.k, weight.built.h) == (8, 13)
+
+
+def test_a_list_on_the_command_line_takes_the_place_of_the_recipe_s():
+    weights = read_recipe(GOLDFISH, ["--token_weights", "[{name: talr}, {name: flow, legs: [gold]}]"]).token_weights
+    assert [weight.name for weight in weights] == ["talr", "flow"]
+    assert weights[1].built.legs == ("gold",)
+    assert [weight.name for weight in read_recipe(GOLDFISH, ["--token_weights=talr"]).token_weights] == ["talr"]
+    assert [weight.name for weight in read_recipe(GOLDFISH, ["--token_weights=[talr, flow]"]).token_weights] == [
+        "talr",
+        "flow",
+    ]
+
+
+def test_null_takes_parts_of_a_recipe_away():
+    assert read_recipe(GOLDFISH, ["--token_weights=null"]).token_weights == ()
+    recipe = read_recipe(REWARD_AUGMENTED, ["--relabel", "null"])
+    assert recipe.relabel == ()
+    assert "relabel" not in recipe.resolved()
+
+
+def test_parts_may_be_added_to_a_recipe_without_any():
+    irpo = REPOSITORY / "launch" / "recipes" / "irpo.yaml"
+    recipe = read_recipe(irpo, ["--token_weights={name: goldfish}", "--k=8", "--relabel=[reward_augmented]"])
+    assert recipe.token_weights[0].built.k == 8
+    assert recipe.relabel[0].name == "reward_augmented"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ["--token_weights.k=8"],
+            "--token_weights.k: the recipe lists several token_weights; write --token_weights.0.k",
+        ),
+        (["--token_weights.1.k=8"], "--token_weights.1.k: the recipe has 1 listed token_weights, numbered from 0"),
+        (["--token_weights.0.kk=8"], "unknown key token_weights.0.kk"),
+        (["--token_weights=[]"], "token_weights is empty"),
+        (["--lowest=0"], "unknown key --lowest"),
+    ],
+    ids=str,
+)
+def test_a_part_that_is_missed_is_told(words: list[str], says: str):
+    with pytest.raises(RecipeError, match="^" + re.escape(says)):
+        read_recipe(GOLDFISH, words)
+
+
+def test_a_key_that_the_command_line_makes_idle_in_a_part_is_told():
+    recipe = read_recipe(GOLDFISH, ["--strategy=static"])
+    assert recipe.token_weights[0].built.strategy == "static"
+    assert recipe.idle == ("token_weights.0.h has no effect: strategy static has none",)
+    bco = read_recipe(REPOSITORY / "launch" / "recipes" / "bco.yaml", ["--prompt_encoder=null"])
+    assert [line.partition(":")[0] for line in bco.idle] == [
+        "objective.min_density_ratio has no effect",
+        "objective.max_density_ratio has no effect",
+    ]
+    assert bco.mixture.step0 is not None
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--objective=bco", "--prompt_encoder=policy", "--max_density_ratio=3"],
+        ["--objective=bco"],
+        ["--objective=tpo", "--link=ipo", "--alpha=0", "--rule=threshold", "--threshold=0.5"],
+        ["--objective=irpo", "--token_weights=[{name: goldfish, strategy: static, start: 2}, talr]"],
+        ["--objective=[{name: tpo, weight: 0.5}, {name: kto}]", "--token_weights=[{name: flow, legs: [gold]}]"],
+        ["--relabel=[{name: reward_augmented, form: text, lowest: 0, highest: 1}]", "--rule=margin", "--margin=0.2"],
+        ["--streaming", "--max_rows=7", "--format=scored"],
+    ],
+    ids=str,
+)
+def test_parts_read_back_too(tmp_path: Path, more: list[str]):
+    recipe = read_recipe(None, [*(MINIMAL[:3] if "--objective" in more[0] else MINIMAL), *more])
+    (tmp_path / "resolved.yaml").write_text(recipe.to_yaml())
+    assert read_recipe(tmp_path / "resolved.yaml") == recipe

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from align.sampling import Sampling, sample
 from data.chat import render
 from data.sources import Source, load_rows
 from data.tokens import TokenPolicy, tokenize_rows
@@ -35,7 +36,7 @@ from data.worlds import (
 from data.worlds.__main__ import main
 from data.worlds.problems import combination
 from data.worlds.rows import other_digit
-from launch.pretrain_world import make_model, make_tokenizer, pretrain, sample
+from launch.pretrain_world import make_model, make_tokenizer, pretrain
 from objectives.rows import Row
 from objectives.stats import wilson
 
@@ -452,6 +453,7 @@ def test_pretraining_repeats_by_seed(tokenizer):
 @pytest.mark.slow
 def test_the_policy_is_right_about_half_of_the_time(policy, tokenizer):
     asked = problems("held_out", 200, seed=7)
-    sampled = sample(policy, tokenizer, [problem.question for problem in asked], seed=7)
+    prompts = [({"role": "user", "content": problem.question},) for problem in asked]
+    sampled = sample(policy, tokenizer, prompts, Sampling(max_new_tokens=80, seed=7))
     right = sum(answer_of(text) == problem.answer for problem, [text] in zip(asked, sampled, strict=True))
     assert 0.35 <= right / 200 <= 0.65

@@ -187,6 +187,14 @@ def test_metrics_by_hand():
     assert desirable["rewards/chosen"].count == 1
 
 
+def test_sides_are_those_of_the_threshold_not_of_zero():
+    """Rewards 0 and −0.025 (thumbs up) lie below 0.00625 and are wrong, so is 0.1 (thumbs down); −0.05 is right."""
+    metrics = means(BCO(beta=0.1), tv1_labelled(state=seen(0.025, 4)))
+    assert metrics["rewards/accuracies"] == 0.25
+    assert metrics["rewards/threshold"] == pytest.approx(0.00625)
+    assert (metrics["logps/chosen"], metrics["logps/rejected"]) == (-2.625, -3.0)
+
+
 def test_a_reward_at_the_threshold_counts_one_half():
     """As before the first update, when every reward and the threshold are 0."""
     batch = make_batch(BCO(), seed=1, at_reference=True)

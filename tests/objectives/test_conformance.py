@@ -426,6 +426,15 @@ def test_state_carries_no_graph_and_keeps_its_shape(name: str):
 
 
 @every_objective
+def test_a_step_without_rows_leaves_a_finite_state(name: str):
+    objective = build(name)
+    if isinstance(objective, Stateful):
+        batch = make_batch(objective, seed=14)
+        state = objective.update(batch.state, objective.observe(rows_of(batch, slice(0, 0))))
+        assert all(value.isfinite() for value in state.values())
+
+
+@every_objective
 def test_float32_agrees_with_float64(name: str):
     """Training computes in float32; nothing in a formula may lose more than rounding."""
     objective = build(name)

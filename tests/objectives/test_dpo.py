@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.testing import assert_close
 
 from objectives import Leg, LegBatch
 from objectives.dpo import DPO
 from tests.objectives import transcriptions
-from tests.objectives.batches import loss_and_grad, make_batch
-
-BY_HAND = {"rel": 1e-9}  # ten digits are written down
-TRANSCRIPTION = {"rtol": 1e-11, "atol": 1e-13}  # float64 on both sides; sums in another order
+from tests.objectives.batches import BY_HAND, assert_transcribed, loss_and_grad, make_batch, means, ragged
 
 
 def leg(logps: list[list[float]], ref_logps: list[list[float]]) -> Leg:
@@ -96,9 +89,7 @@ def test_metrics_by_hand():
     """
     chosen = leg([[-1.0, -2.0], [-1.0, -1.0]], [[-1.5, -2.5], [-1.25, -1.25]])
     rejected = leg([[-3.0], [-1.0]], [[-2.0], [-1.5]])
-    output = DPO(beta=0.5)(LegBatch(legs={"chosen": chosen, "rejected": rejected}))
-    means = {name: metric.total.item() / metric.count for name, metric in output.metrics.items()}
-    assert means == {
+    assert means(DPO(beta=0.5), LegBatch(legs={"chosen": chosen, "rejected": rejected})) == {
         "rewards/chosen": pytest.approx(0.375),
         "rewards/rejected": pytest.approx(-0.125),
         "rewards/margins": pytest.approx(0.5),
@@ -115,17 +106,7 @@ def test_metrics_by_hand():
 def test_dpo_is_what_the_paper_says(label_smoothing: float, seed: int, beta: float, scale: float):
     objective = DPO(beta=beta, label_smoothing=label_smoothing)
     batch = make_batch(objective, seed=seed, rows=5, scale=scale)
-
-    def ragged(values: Tensor, mask: Tensor) -> transcriptions.Ragged:
-        return [row[kept].tolist() for row, kept in zip(values, mask, strict=True)]
-
-    responses = [ragged(batch[name].logps, batch[name].mask) for name in ("chosen", "rejected")]
-    references = [ragged(batch[name].ref_logps, batch[name].mask) for name in ("chosen", "rejected")]
-    expected_loss, expected_grad = transcriptions.dpo(
-        *responses, *references, beta=beta, label_smoothing=label_smoothing
-    )
-    loss, grad = loss_and_grad(objective, batch)
-    assert math.isclose(loss.item(), expected_loss, rel_tol=1e-11, abs_tol=1e-13)
-    for name in ("chosen", "rejected"):
-        flat = torch.tensor([slope for row in expected_grad[name] for slope in row], dtype=torch.float64)
-        assert_close(grad[name][batch[name].mask], flat, **TRANSCRIPTION)
+    responses = [ragged(batch[name].logps, batch[name]) for name in ("chosen", "rejected")]
+    references = [ragged(batch[name].ref_logps, batch[name]) for name in ("chosen", "rejected")]
+    expected = transcriptions.dpo(*responses, *references, beta=beta, label_smoothing=label_smoothing)
+    assert_transcribed(objective, batch, *expected)

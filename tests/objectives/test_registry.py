@@ -106,7 +106,8 @@ def test_listing_shows_every_objective(capsys: pytest.CaptureFixture[str]):
     shown = capsys.readouterr().out
     for name in OBJECTIVES:
         assert f"{name}\n    {formula(OBJECTIVES[name]).splitlines()[0]}" in shown
-    assert "chosen + rejected, reference" in shown
+    assert "needs    chosen + rejected, reference\n" in shown
+    assert "needs    completion, labels, reference\n" in shown
     assert "beta=0.1" in shown
     assert "arXiv:2305.18290" in shown
 
@@ -119,11 +120,32 @@ def test_show_prints_one_in_full(capsys: pytest.CaptureFixture[str]):
         assert f"{key} (default {value!r}): {field_docs(DPO)[key]}" in shown
 
 
+def test_listing_shows_token_weights_and_relabelers_in_sections_of_their_own(capsys: pytest.CaptureFixture[str]):
+    """As a recipe names them."""
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    for section, registry in {"token_weights": TOKEN_WEIGHTS, "relabel": RELABELERS}.items():
+        _, _, part = shown.partition(f"# {section}\n")
+        for name in registry:
+            assert f"\n{name}\n    {formula(registry[name]).splitlines()[0]}" in part
+
+
+@pytest.mark.parametrize(("name", "section"), [("kto", "objective"), ("talr", "token_weights")])
+def test_show_names_the_section_of_a_recipe(capsys: pytest.CaptureFixture[str], name: str, section: str):
+    assert main(["show", name]) == 0
+    assert f"Keys (section {section}):" in capsys.readouterr().out
+
+
+def test_show_answers_other_peoples_names(capsys: pytest.CaptureFixture[str]):
+    assert main(["show", "sigmoid"]) == 2
+    assert "unknown objective 'sigmoid': it is called 'dpo' here" in capsys.readouterr().err
+
+
 def test_show_answers_a_misspelling(capsys: pytest.CaptureFixture[str]):
     assert main(["show", "dop"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "unknown objective 'dop'; did you mean 'dpo'?" in captured.err
+    assert "unknown name 'dop'; did you mean 'dpo'?" in captured.err
 
 
 def test_the_command_itself():

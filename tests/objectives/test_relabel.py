@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections import Counter
-from dataclasses import FrozenInstanceError, asdict, dataclass, fields, replace
+from dataclasses import FrozenInstanceError, asdict, fields, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -30,17 +30,12 @@ KEYS: dict[tuple[str, str], Values] = {
 """Every key of every relabeler, with what a recipe may and may not say."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Turn:
-    """Builds messages."""
-
-    @staticmethod
-    def of(role: str, content: str, **more: Any) -> MappingProxyType[str, Any]:
-        """Read-only, so that an edit raises."""
-        return MappingProxyType({"role": role, "content": content, **more})
+def turn(role: str, content: str, **more: Any) -> MappingProxyType[str, Any]:
+    """A message that raises when it is edited."""
+    return MappingProxyType({"role": role, "content": content, **more})
 
 
-QUESTION, GOOD, BAD = Turn.of("user", "Q"), (Turn.of("assistant", "GOOD"),), (Turn.of("assistant", "BAD"),)
+QUESTION, GOOD, BAD = turn("user", "Q"), (turn("assistant", "GOOD"),), (turn("assistant", "BAD"),)
 
 
 def pair(**changes: Any) -> Row:
@@ -171,7 +166,7 @@ def test_the_goal_before_the_first_user_turn():
     assert first.prompt == ({"role": "user", "content": f"{goal('9')}\n\nQ"},)
     assert second.prompt == ({"role": "user", "content": f"{goal('3.5')}\n\nQ"},)
     assert (second.responses["chosen"], second.responses["rejected"]) == (BAD, GOOD)
-    turns = (Turn.of("system", "S"), Turn.of("user", "Q1", name="n"), Turn.of("assistant", "A"), Turn.of("user", "Q2"))
+    turns = (turn("system", "S"), turn("user", "Q1", name="n"), turn("assistant", "A"), turn("user", "Q2"))
     (new, _) = RewardAugmented(form="text")(pair(prompt=turns))
     assert new.prompt == (turns[0], {"role": "user", "content": f"{goal('9')}\n\nQ1", "name": "n"}, *turns[2:])
 
@@ -184,7 +179,7 @@ def test_the_goal_before_plain_text():
 
 def test_a_system_message_is_kept():
     """It follows the goal, in the same message: many templates allow one only."""
-    turns = (Turn.of("system", "Be brief.", tools="none"), QUESTION)
+    turns = (turn("system", "Be brief.", tools="none"), QUESTION)
     (new, _) = RewardAugmented()(pair(prompt=turns))
     assert new.prompt == ({"role": "system", "content": f"{goal('9')}\n\nBe brief.", "tools": "none"}, QUESTION)
 
@@ -220,7 +215,7 @@ def test_a_worse_chosen_response_is_relabelled_all_the_same():
 )
 def test_scores_that_print_alike_leave_the_pair_out(decimals: int, chosen: float, rejected: float):
     """They would give two rows that contradict each other. (Halves are rounded to even: 3.5 and 4.5 print 4.)"""
-    with pytest.raises(LeftOut, match="^chosen and rejected have the same score$"):
+    with pytest.raises(LeftOut, match=r"^chosen and rejected have the same score$"):
         RewardAugmented(decimals=decimals)(scored(chosen, rejected))
 
 
@@ -262,7 +257,7 @@ def test_prompts_without_a_place_for_the_goal_are_named():
         ValueError, match=r"^pairs.jsonl, row 7: plain text has no system message: set data.as_chat, or"
     ):
         RewardAugmented()(pair(**PLAIN))
-    unasked = pair(prompt=(Turn.of("system", "S"),))
+    unasked = pair(prompt=(turn("system", "S"),))
     with pytest.raises(ValueError, match=r"^pairs.jsonl, row 7: the prompt has no user turn to put the goal into: set"):
         RewardAugmented(form="text")(unasked)
     assert len(RewardAugmented()(unasked)) == 2
@@ -284,9 +279,9 @@ def test_the_scale_is_part_of_the_goal():
     ("form", "prompt"),
     [
         ("system", (QUESTION,)),
-        ("system", (Turn.of("system", "S"), QUESTION)),
+        ("system", (turn("system", "S"), QUESTION)),
         ("text", (QUESTION,)),
-        ("text", (Turn.of("system", "S"), QUESTION)),
+        ("text", (turn("system", "S"), QUESTION)),
         ("text", "Q:"),
     ],
 )

@@ -8,14 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.testing import assert_close
 
 from objectives import Leg, LegBatch
 from objectives.sft import SFT
 from tests.objectives import transcriptions
-from tests.objectives.batches import loss_and_grad, make_batch
-
-TRANSCRIPTION = {"rtol": 1e-11, "atol": 1e-13}  # float64 on both sides; sums in another order
+from tests.objectives.batches import assert_transcribed, loss_and_grad, make_batch, ragged
 
 
 def two_rows(weight: list[list[float]] | None = None) -> LegBatch:
@@ -81,13 +78,6 @@ def test_metric_is_the_mean_over_rows():
 @given(seed=st.integers(0, 1000), leg=st.sampled_from(["gold", "chosen"]))
 def test_sft_is_what_its_definition_says(weighted: bool, seed: int, leg: str):
     batch = make_batch(SFT(leg=leg), seed=seed, rows=5, weighted=weighted)
-    rows = list(zip(batch[leg].logps, batch[leg].mask, strict=True))
-    weight = batch[leg].weight
-    expected_loss, expected_grad = transcriptions.sft(
-        [row[kept].tolist() for row, kept in rows],
-        None if weight is None else [row[kept].tolist() for row, kept in zip(weight, batch[leg].mask, strict=True)],
-    )
-    loss, grad = loss_and_grad(SFT(leg=leg), batch)
-    assert math.isclose(loss.item(), expected_loss, rel_tol=1e-11, abs_tol=1e-13)
-    flat = torch.tensor([slope for row in expected_grad for slope in row], dtype=torch.float64)
-    assert_close(grad[leg][batch[leg].mask], flat, **TRANSCRIPTION)
+    weight = ragged(batch[leg].weight, batch[leg]) if weighted else None
+    expected_loss, expected_grad = transcriptions.sft(ragged(batch[leg].logps, batch[leg]), weight)
+    assert_transcribed(SFT(leg=leg), batch, expected_loss, {leg: expected_grad})

@@ -32,8 +32,8 @@ from tests.objectives.batches import (
     loss_and_grad,
     make_leg,
     make_rows,
-    map_legs,
     ragged,
+    rows_of,
     with_columns,
     with_junk,
 )
@@ -242,21 +242,14 @@ def test_rows_may_be_split_and_permuted(name: str, seed: int, cut: int, order: l
     """Losses of microbatches are concatenated, in any order; weights of a row depend on it and on τ alone."""
     weight, leg = TOKEN_WEIGHTS[name](), leg_of(seed, rows=6)
 
-    def rows(index: slice | Tensor) -> Leg:
-        (part,) = map_legs(alone(leg), lambda leg: Leg(**{k: v[index] for k, v in tensors(leg).items()})).legs.values()
-        return part
-
-    parts = [rows(slice(0, cut)), rows(slice(cut, 6)), rows(torch.tensor(order))]
+    chosen = (slice(0, cut), slice(cut, 6), torch.tensor(order))
+    parts = [rows_of(alone(leg), index)["gold"] for index in chosen]
     together = torch.cat([weight.losses(part) for part in parts[:2]])
     tau = weight.tau(weight.losses(leg))
     for losses in (together, weight.losses(parts[2])):
         assert_close(weight.tau(losses), tau, **FP64_ROUNDING)
     assert_close(torch.cat([weight(part, tau) for part in parts[:2]]), weight(leg, tau), **FP64_ROUNDING)
     assert_close(weight(parts[2], tau), weight(leg, tau)[torch.tensor(order)], **FP64_ROUNDING)
-
-
-def tensors(leg: Leg) -> dict[str, Tensor]:
-    return {field.name: getattr(leg, field.name) for field in fields(Leg) if getattr(leg, field.name) is not None}
 
 
 @every_adaptive
@@ -481,14 +474,14 @@ def test_talr_floors():
 
 
 def test_talr_metrics_by_hand():
-    """τ = 1, four tokens of 0, log 2, log 2 and 10 nats: weights 1, 1/2, 1/2, 0.01; three have p > 0.2."""
-    leg = make_rows([[0.0, -math.log(2)], [-math.log(2), -10.0]])
+    """τ = 1, five tokens of probability 1, 1/2, 1/4, 0.19 and e⁻¹⁰: so their weights, but for a last one of 0.01."""
+    leg = make_rows([[0.0, -math.log(2)], [-math.log(4), math.log(0.19), -10.0]])
     metrics = {key: (metric.total.item(), metric.count) for key, metric in TALR().metrics(leg, number(1.0)).items()}
     assert metrics == {
-        "talr/weight": (pytest.approx(2.01), 4),
-        "talr/at_floor": (1.0, 4),
-        "talr/easy_tokens": (3.0, 4),
-        "talr/tau": (4.0, 4),
+        "talr/weight": (pytest.approx(1.95), 5),
+        "talr/at_floor": (1.0, 5),
+        "talr/easy_tokens": (3.0, 5),
+        "talr/tau": (5.0, 5),
     }
     assert "talr/tau" not in TALR().metrics(leg, number(math.inf))
 

@@ -230,18 +230,18 @@ def test_every_leg_has_its_own_temperature():
 
 
 def test_flow_is_fitted_once():
-    """Means 1, 2 and 4 under the reference, median 2; steps observe and change nothing."""
+    """On the training rows, median 3; steps observe and change nothing, whatever the median of theirs (2 here)."""
     parts = of(FLOW())
     assert parts.init_state() == {}
-    state = parts.fit({"gold": torch.tensor([4.0, 1.0, 2.0])})
-    assert state == {"flow/gold": number(2.0)}
+    state = parts.fit({"gold": torch.tensor([9.0, 1.0, 3.0])})
+    assert state == {"flow/gold": number(3.0)}
     batch = three_rows()
     assert parts.observe(batch) == {}
     assert parts.update(state, {}) == state
     for whole_step in (False, True):
         applied, metrics = parts.apply(batch, state, whole_step=whole_step)
         weights = applied["gold"].weight[:, 0].tolist()
-        assert weights == pytest.approx([math.exp(-0.5), math.exp(-1), math.exp(-2)])
+        assert weights == pytest.approx([math.exp(-loss / 3) for loss in (1, 2, 4)])
         assert values(metrics)["flow/weight"] == (pytest.approx(sum(weights)), 3.0)
 
 
@@ -365,7 +365,7 @@ def test_finite_everywhere(dtype: torch.dtype, scale: float):
 
 
 def test_metrics_by_hand():
-    """Losses 1, 2, 4 and 8; the second is dropped. τ = 4/3.75 is irrelevant here: weights are at most 1.
+    """Losses 1, 2, 4 and 8; the second is dropped. τ = 3.75, as the state has it.
 
     goldfish: one of four dropped, (1 + 4 + 8)/3 on the others; unweighted is the mean of the same three
     """

@@ -1,0 +1,139 @@
+"""Every shipped recipe: explains itself, reads back to itself, and trains on real and on embedded data in seconds."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from align.recipe import read_recipe
+from align.train import main
+from data.worlds import POLICY, candidates, gold, labels, pairs, problems, scored, triples
+from tests.equivalence.runs import write_rows
+from tests.support import REPOSITORY
+
+RECIPES = sorted((REPOSITORY / "launch" / "recipes").glob("*.yaml"))
+OBVIOUS = {"name", "output_dir", "learning_rate", "num_train_epochs", "lr_scheduler_type", "logging_steps"}
+OBVIOUS |= {"push_to_hub", "beta"}
+EXPLAINED_ABOVE = {"max_density_ratio", "highest"}
+"""The second of two keys whose comment stands beside the first."""
+QUICK = ["--max_steps=2", "--rows_per_step=8", "--save_strategy=no", "--logging_steps=1"]
+OWN_FORMAT = ["--format=auto", "--columns={}"]
+SCALE = ["--relabel.0.lowest=0", "--relabel.0.highest=1", "--dataset_train_split=train"]
+COMPLETE = ("results.json", "report.html", "README.md", "recipe.yaml", "metrics.jsonl", "model.safetensors")
+
+every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+
+
+@every_recipe
+def test_reads_back_to_itself(path: Path, tmp_path: Path):
+    recipe = read_recipe(path)
+    (tmp_path / "resolved.yaml").write_text(recipe.to_yaml())
+    again = read_recipe(tmp_path / "resolved.yaml")
+    assert again == recipe
+    assert again.to_yaml() == recipe.to_yaml()
+
+
+@every_recipe
+def test_first_line_is_its_launch_command(path: Path):
+    assert path.read_text().splitlines()[0] == f"# accelerate launch align/train.py --config launch/recipes/{path.name}"
+
+
+@every_recipe
+def test_every_key_is_commented_or_obvious(path: Path):
+    commented: dict[str, bool] = {}
+    for line in path.read_text().splitlines():
+        if found := re.match(r" +(?:- )?(\w+):", line):
+            commented[found[1]] = commented.get(found[1], False) or "#" in line
+    bare = {key for key, explained in commented.items() if not explained}
+    assert bare - OBVIOUS - EXPLAINED_ABOVE - ({"leg"} if path.stem == "mixture" else set()) == set()
+
+
+@every_recipe
+def test_goes_to_a_folder_of_its_own_name(path: Path):
+    """Two recipes never write to one place."""
+    assert yaml.safe_load(path.read_text())["train"]["output_dir"] == f"runs/{path.stem}"
+
+
+# ---- two steps of each ----
+
+
+def trained(
+    path: Path, tmp_path: Path, model: Path, rows: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> Path:
+    """Runs two steps of a recipe; what it leaves must be complete, and it must not complain."""
+    run = tmp_path / "run"
+    given = [f"--model_name_or_path={model}", f"--dataset_name={rows}", f"--output_dir={run}", *QUICK, *words]
+    status = main([f"--config={path}", *given])
+    out, err = capsys.readouterr()
+    assert status == 0, err
+    assert "warn" not in err.lower()
+    assert "warning" not in out
+    assert [name for name in COMPLETE if not (run / name).is_file()] == []
+    checks = {check["check"]: check for check in json.loads((run / "checks.json").read_text())}
+    assert all(check["passed"] for check in checks.values())
+    recipe = read_recipe(run / "recipe.yaml")
+    step0 = recipe.mixture.step0
+    if step0 is not None:
+        assert f"should be {step0:.6f}" in checks["loss before training is the known constant"]["detail"]
+    if recipe.needs_reference:
+        assert "policy equals reference before training" in checks
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+    assert all(math.isfinite(value) for line in lines for value in line.values() if isinstance(value, float))
+    return run
+
+
+@pytest.mark.slow
+@every_recipe
+def test_trains_on_real_scored_responses(
+    path: Path, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+    words = ["--max_rows=24", "--max_length=160", "--max_dropped_share=0.9"]
+    recipe = read_recipe(path)
+    words += OWN_FORMAT if recipe.data.columns else []
+    # Plain text has no system message, and these scores are probabilities.
+    words += [*SCALE, "--relabel.0.form=text"] if recipe.relabel else []
+    data, model = shared / "data" / "alpaca_eval_scored.jsonl.gz", shared / "models" / "stories260k"
+    trained(path, tmp_path, model, data, words, capsys)
+
+
+ROWS: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(("dpo", "irpo", "rpo", "mixture", "reward_augmented"), pairs),
+    **dict.fromkeys(("bco", "kto"), labels),
+    **dict.fromkeys(("sft", "goldfish", "talr", "flow"), lambda asked, responses: gold(asked)),
+    "tpo": scored,
+    "tpo_l": triples,
+}
+
+
+@pytest.mark.slow
+@every_recipe
+def test_trains_on_the_embedded_world(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+    asked = problems("train", 64 if ROWS[path.stem] is not labels else 16)
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS[path.stem](asked, candidates(asked, 6)).rows)
+    recipe = read_recipe(path)
+    words = OWN_FORMAT if recipe.data.columns else []
+    words = [*words, *(SCALE if recipe.relabel else [])]
+    run = trained(path, tmp_path, POLICY, rows, words, capsys)
+    results = json.loads((run / "results.json").read_text())["results"]
+    goals = {"held out, goal=chosen", "held out, goal=rejected"} if recipe.relabel else set()
+    assert {result["split"] for result in results} - {"held out"} == goals
+    metrics = {result["metric"] for result in results}
+    legs = set(recipe.mixture.needs.legs)
+    assert ("ranking/accuracy" in metrics) == ({"chosen", "rejected"} <= legs)
+    assert any(metric.startswith(("labels/", "displacement/")) for metric in metrics) == bool(legs - {"gold"})
+
+
+def test_every_recipe_has_rows_here():
+    assert set(ROWS) == {path.stem for path in RECIPES}
