@@ -28,7 +28,7 @@ def values(results: list) -> dict[tuple[str, str], Any]:
 @pytest.fixture(scope="module")
 def measured(policy: tuple[Any, Any]) -> tuple[Answers, dict, dict]:
     """Two measurements of a policy that did not change."""
-    asked = {"held_out": problems("held_out", 24, seed=3), "held_out_templates": problems("held_out_templates", 12)}
+    asked = {"held_out": problems("held_out", 16, seed=3), "held_out_templates": problems("held_out_templates", 12)}
     answers = Answers(asked, HOW)
     return answers, values(answers(*policy, 0)), values(answers(*policy, 5))
 
@@ -57,9 +57,9 @@ def test_splits_are_reported_apart(measured: tuple[Answers, dict, dict]):
     assert start.keys() == {(s, m) for s in ("held out", "held out templates") for m in METRICS}
     assert set(answers.start) == {"held_out", "held_out_templates"}
     result, other = (start[split, "answers/accuracy"] for split in ("held out", "held out templates"))
-    assert (result.n, result.clusters) == (24 * 4, 24)
+    assert (result.n, result.clusters) == (16 * 4, 16)
     assert (other.n, other.clusters) == (12 * 4, 12)
-    assert start["held out", "answers/win_rate"].n == 24
+    assert start["held out", "answers/win_rate"].n == 16
     assert result.extra["samples"] == 4
     assert result.extra["temperature"] == 1.0
     assert result.extra["seed"] == 7
