@@ -149,6 +149,23 @@ def fit(
     return regression.coef_[0].astype(np.float64), float(regression.intercept_[0]), accuracy
 
 
+def check_encoder(name: str) -> None:
+    """Raises ``RunError`` if there is no such encoder; reads its configuration only."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise _not_loaded(name, error) from None
+
+
+def _not_loaded(name: str, error: Exception) -> RunError:
+    why = " ".join(str(error).split()).rstrip(".")
+    return RunError(
+        f"objective.prompt_encoder {name!r} can't be loaded ({why}); give policy, or an encoder's Hub id or folder"
+    )
+
+
 def load_encoder(name: str) -> tuple[Any, Any]:
     """An encoder and its tokenizer.
 
@@ -161,10 +178,7 @@ def load_encoder(name: str) -> tuple[Any, Any]:
         model = AutoModel.from_pretrained(name, dtype=torch.float32).eval().requires_grad_(False)
         return model, AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        why = " ".join(str(error).split()).rstrip(".")
-        raise RunError(
-            f"objective.prompt_encoder {name!r} can't be loaded ({why}); give policy, or an encoder's Hub id or folder"
-        ) from None
+        raise _not_loaded(name, error) from None
 
 
 def encoder_embeddings(texts: list[str], model: Any, tokenizer: Any, batch: int = 32) -> np.ndarray:
@@ -242,6 +256,8 @@ def _read(path: Path) -> dict[str, np.ndarray] | None:
     try:
         with path.open("rb") as file, np.load(file) as stored:
             return {name: stored[name] for name in stored.files}
+    except PermissionError as error:
+        raise RunError(f"can't read {path}: {error.strerror}; set ALIGN_CACHE to a folder of your own") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         path.unlink(missing_ok=True)  # a damaged file is made again
         return None

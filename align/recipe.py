@@ -138,6 +138,8 @@ def read_recipe(config: str | Path | None, overrides: Sequence[str] = ()) -> Rec
     for key, value, flag in pairs(overrides):
         try:
             parsed = OmegaConf.from_dotlist([f"v={value}"])["v"] if value else None
+            if key in NAMED and key != "objective" and isinstance(parsed, str):
+                parsed = OmegaConf.create({"name": parsed})  # --token_weights goldfish
             whole = key in (*SECTIONS, *NAMED) and OmegaConf.is_config(parsed)
             path = key if whole else place(key, merged)
             if flag and is_text(path):

@@ -108,7 +108,7 @@ def run(recipe: Recipe, command: str = "", measure: Measure | None = None) -> Pa
     quiet_libraries()
 
     # Imported here, so that a misspelt key is answered at once.
-    from align import assemble, saving
+    from align import assemble, density, saving
     from align import model as models
     from align.build import build
     from data.preparation import prepare
@@ -130,6 +130,9 @@ def run(recipe: Recipe, command: str = "", measure: Measure | None = None) -> Pa
     config = models.load_config(recipe.model)
     tokenizer = models.load_tokenizer(recipe.model)
     models.check_before_loading(recipe, config)
+    encoder = recipe.mixture.needs.density_ratio
+    if encoder not in (None, "policy"):
+        density.check_encoder(encoder)
     spec = assemble.data_spec(recipe, models.max_length(recipe.data.max_length, config))
     with saving.explained(cache_dir(), "set ALIGN_CACHE to a folder that can be written to"):
         prepared = prepare(spec, tokenizer)

@@ -111,7 +111,11 @@ def entries(
     """
     listed = isinstance(values, list)
     if not values:
-        way_out = "name at least one (python -m objectives lists them)" if kind == "objective" else "leave it out"
+        way_out = (
+            "name at least one (python -m objectives lists them)"
+            if kind == "objective"
+            else "leave it out, or write null"
+        )
         raise RecipeError(f"{kind} is empty; {way_out}")
     built: list[Entry] = []
     for number, value in enumerate(values if listed else [values]):

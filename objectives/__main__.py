@@ -42,7 +42,7 @@ def full(name: str) -> str:
     section = next((section for section, registry in REGISTRIES.items() if name in registry), None)
     if section is None:
         known = [entry for registry in REGISTRIES.values() for entry in registry]
-        if did_you_mean(name, known):
+        if OBJECTIVES.ours(name) is None and did_you_mean(name, known):
             raise ValueError(f"unknown name {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})")
         section = "objective"  # whose registry knows what others call it
     cls = REGISTRIES[section][name]

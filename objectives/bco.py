@@ -29,10 +29,11 @@ class BCO:
 
     averaged over rows (not over weights); logratio is summed over tokens. At π_θ = π_ref every row costs w·log 2.
 
-    δ, the reward shift, is the mean of all rewards seen so far, each row once: a cumulative mean that neither decays
-    nor balances the classes. A step uses the shift after the step before it, so that no loss depends on how its step is
-    split; TRL's trainer updates it first, with the rows of one microbatch. Evaluation does not move it. UNVERIFIED: the
-    paper writes δ as the mean of the two classes' expectations.
+    δ, the reward shift, is the mean of all rewards seen so far, each row once: a cumulative mean that does not decay
+    and, unless ``shift`` is ``balanced``, does not balance the classes. A step uses the shift after the step before it,
+    so that no loss depends on how its step is split; TRL's trainer updates it first, with the rows of one microbatch.
+    Evaluation does not move it. UNVERIFIED: the paper writes δ as the mean of the two classes' expectations, which is
+    ``balanced``.
 
     The density ratio corrects for prompts that get thumbs up and thumbs down unequally often. It comes from a logistic
     regression (balanced classes) that tells the two kinds of prompts apart by their embeddings, fitted once before
@@ -47,6 +48,9 @@ class BCO:
     prompt_encoder: str | None = None
     """Whose embeddings of prompts the density ratio is estimated on: ``policy`` (mean of its last hidden states), or
     an encoder's Hub id or folder. Null turns distribution matching off."""
+    shift: str = "mean"
+    """``mean``: of all rewards, as in TRL. ``balanced``: midpoint of the two classes' means, for unequal classes: the
+    mean of all is then next to the larger class's own, which is pushed away from itself without end."""
     min_density_ratio: float = 0.5
     """Least weight w_min of an undesirable row, ≥ 0."""
     max_density_ratio: float = 10.0
@@ -58,6 +62,7 @@ class BCO:
         require("beta", self.beta, 0 < self.beta < math.inf, "> 0 and finite")
         encoder = self.prompt_encoder
         require("prompt_encoder", encoder, encoder is None or bool(encoder.strip()), "null, 'policy' or an encoder")
+        require("shift", self.shift, self.shift in ("mean", "balanced"), "'mean' or 'balanced'")
         low, high = self.min_density_ratio, self.max_density_ratio
         require("min_density_ratio", low, 0 <= low < math.inf, ">= 0 and finite")
         require("max_density_ratio", high, low <= high < math.inf, f"at least min_density_ratio ({low:g}) and finite")
@@ -81,7 +86,7 @@ class BCO:
     def __call__(self, batch: LegBatch) -> Output:
         desirable = batch.known("labels")
         rewards = self.beta * batch["completion"].logratio()
-        shift = _mean(batch.state).to(rewards)
+        shift = self._shift(batch.state).to(rewards)
         losses = -torch.where(desirable, logsigmoid(rewards - shift), logsigmoid(shift - rewards))
         metrics = label_metrics(batch, rewards, shift, self.beta)
         if self.prompt_encoder is not None:
@@ -91,19 +96,27 @@ class BCO:
             metrics["weights/undesirable"] = Mean.of(weights[~desirable])
         return Output(terms={"preference": Term(total=losses.sum(), per="row")}, metrics=metrics)
 
+    def _shift(self, state: Mapping[str, Tensor]) -> Tensor:
+        total, count = state["reward_total"], state["reward_count"]
+        if self.shift == "mean":
+            return total / count.clamp(min=1)
+        up, ups = state["desirable_total"], state["desirable_count"]
+        return (up / ups.clamp(min=1) + (total - up) / (count - ups).clamp(min=1)) / 2
+
     def init_state(self) -> dict[str, Tensor]:
-        """No reward seen yet; δ is then 0."""
-        return {name: torch.zeros((), dtype=torch.float64) for name in ("reward_total", "reward_count")}
+        """No reward seen yet; δ is then 0, and so is the mean of a class that has not been seen."""
+        kinds = ("reward", "desirable") if self.shift == "balanced" else ("reward",)
+        return {f"{kind}_{what}": torch.zeros((), dtype=torch.float64) for kind in kinds for what in ("total", "count")}
 
     def observe(self, batch: LegBatch) -> dict[str, Tensor]:
         """The rewards of a microbatch, summed and counted."""
         rewards = self.beta * batch["completion"].logratio().detach().double()
-        return {"reward_total": rewards.sum(), "reward_count": rewards.new_tensor(float(batch.rows))}
+        seen = {"reward_total": rewards.sum(), "reward_count": rewards.new_tensor(float(batch.rows))}
+        if self.shift == "balanced":
+            up = rewards[batch.known("labels")]
+            seen |= {"desirable_total": up.sum(), "desirable_count": rewards.new_tensor(float(len(up)))}
+        return seen
 
     def update(self, state: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All rewards so far."""
         return {name: state[name] + observed[name].to(state[name].device) for name in state}
-
-
-def _mean(state: Mapping[str, Tensor]) -> Tensor:
-    return state["reward_total"] / state["reward_count"].clamp(min=1)

@@ -12,7 +12,12 @@ from objectives.stats import FLOAT32_SUM
 
 
 def preference_metrics(
-    batch: LegBatch, chosen: Float[Tensor, " row"], rejected: Float[Tensor, " row"], scale: float
+    batch: LegBatch,
+    chosen: Float[Tensor, " row"],
+    rejected: Float[Tensor, " row"],
+    scale: float,
+    *,
+    per_token: bool = False,
 ) -> dict[str, Mean]:
     """What every pairwise objective logs.
 
@@ -20,14 +25,16 @@ def preference_metrics(
         batch: supplies the policy's log-probs of both legs.
         chosen: rewards of the chosen responses, in the objective's own unit.
         rejected: those of the rejected ones.
-        scale: what a nat of summed log-prob is worth in that unit (β).
+        scale: what a nat is worth in that unit (β).
+        per_token: rewards are of mean log-probs rather than of summed ones.
     Returns:
         Rewards, margins, accuracies (a tie counts one half), and summed log-probs of both legs.
     """
     chosen, rejected = chosen.detach(), rejected.detach()
     margins = chosen - rejected
     # A tie is a margin within the rounding of the sums it comes from: before the first update all pairs are ties.
-    noise = FLOAT32_SUM * scale * sum(batch[name].sum_logps().detach().abs() for name in ("chosen", "rejected"))
+    legs = [batch[name] for name in ("chosen", "rejected")]
+    noise = FLOAT32_SUM * scale * sum((x.mean_logps() if per_token else x.sum_logps()).detach().abs() for x in legs)
     wins = torch.where(margins.abs() <= noise, 0.0, torch.sign(margins))
     metrics = {
         "rewards/chosen": Mean.of(chosen),

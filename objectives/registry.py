@@ -58,6 +58,10 @@ class Registry:
         known = ", ".join(self.names()) or "none"
         raise ValueError(f"unknown {self.kind} {name!r}{did_you_mean(name, self._classes)} (known: {known})")
 
+    def ours(self, name: str) -> str | None:
+        """Our name for what papers or other trainers call ``name``; None where we have no such entry."""
+        return self._elsewhere[name] if self._elsewhere.get(name) in self._classes else None
+
     def __contains__(self, name: object) -> bool:
         return name in self._classes
 

@@ -96,7 +96,8 @@ class RewardAugmented:
     def printed(self, score: float) -> str:
         """A score as the goal text has it: ``9`` for 9.0, ``3.5`` for 3.5."""
         rounded = round(float(score), self.decimals) + 0.0  # −0.0 + 0.0 is 0.0
-        return str(int(rounded)) if rounded == int(rounded) else repr(rounded)
+        written = f"{rounded:.{self.decimals}f}"
+        return written.rstrip("0").rstrip(".") if "." in written else written
 
     def goal(self, score: float | None = None) -> str:
         """The goal text for a score; None asks for the highest."""

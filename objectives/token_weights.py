@@ -115,7 +115,7 @@ class Goldfish:
         """
         response = np.arange(start, len(tokens))
         if self.strategy == "static":
-            return (response - 1 - self.start) % self.k != 0
+            return ((response - 1 - self.start) % self.k != 0) | (response == 0)
         kept = np.ones(len(response), dtype=bool)
         first = max(start, self.h)
         if first < len(tokens):

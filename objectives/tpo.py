@@ -77,7 +77,8 @@ class TPO:
             losses = relu(1 - margin)
         else:
             losses = _smoothed(margin, self.label_smoothing)
-        return _output(batch, losses, self.beta * chosen, self.beta * rejected, self.beta, self.alpha)
+        rewards = self.beta * chosen, self.beta * rejected
+        return _output(batch, losses, rewards, self.beta, self.alpha, per_token=self.link == "ipo")
 
 
 @OBJECTIVES.register("tpo_l")
@@ -124,7 +125,7 @@ class TPOL:
         chosen = self.beta * batch["chosen"].mean_logps()
         rejected = self.beta * batch["rejected"].mean_logps()
         losses = _smoothed(chosen - rejected - self.gamma, self.label_smoothing)
-        return _output(batch, losses, chosen, rejected, self.beta, self.alpha)
+        return _output(batch, losses, (chosen, rejected), self.beta, self.alpha, per_token=True)
 
 
 def _smoothed(margin: Float[Tensor, " row"], label_smoothing: float) -> Float[Tensor, " row"]:
@@ -134,15 +135,16 @@ def _smoothed(margin: Float[Tensor, " row"], label_smoothing: float) -> Float[Te
 def _output(
     batch: LegBatch,
     losses: Float[Tensor, " row"],
-    chosen: Float[Tensor, " row"],
-    rejected: Float[Tensor, " row"],
+    rewards: tuple[Float[Tensor, " row"], Float[Tensor, " row"]],
     beta: float,
     alpha: float,
+    *,
+    per_token: bool,
 ) -> Output:
-    """Both terms; ``chosen`` and ``rejected`` are rewards."""
+    """Both terms; ``rewards`` are those of chosen and rejected."""
     terms = {"preference": Term(total=losses.sum(), per="row")}
     if alpha:
         terms["likelihood"] = Term(total=batch["gold"].nll().sum(), per="gold.token", coef=alpha)
     legs = (TRIPLE if alpha else PAIR).legs
-    metrics = preference_metrics(batch, chosen, rejected, beta) | response_metrics(batch, legs)
+    metrics = preference_metrics(batch, *rewards, beta, per_token=per_token) | response_metrics(batch, legs)
     return Output(terms=terms, metrics=metrics)

@@ -50,7 +50,7 @@ BASES: dict[str, tuple[str, list[str]]] = {
 """Rows and keys of the runs that are compared with."""
 
 CHANGES = [
-    *[("bco", words) for words in ("--beta=1", "--prompt_encoder=policy")],
+    *[("bco", words) for words in ("--beta=1", "--prompt_encoder=policy", "--shift=balanced")],
     *[("bco, encoder", f"--{w}") for w in ("min_density_ratio=2", "max_density_ratio=0.5", "prompt_sample_size=2")],
     *[("kto", f"--{words}") for words in ("beta=1", "desirable_weight=3", "undesirable_weight=3")],
     *[("tpo", f"--{w}") for w in ("objective.beta=0.1", "alpha=0", "label_smoothing=0.4", "link=hinge", "link=ipo")],

@@ -219,3 +219,34 @@ def test_the_density_ratio_gets_no_gradient():
     objective = BCO(prompt_encoder="policy")
     objective(batch).loss(batch.counts()).backward()
     assert batch.density_ratio.grad is None
+
+
+def test_a_balanced_shift_lies_between_the_classes():
+    """Rewards seen before: one desirable row of 2.0, three undesirable ones of −1.0 each; sums 2 − 3 = −1 over 4 rows.
+
+    mean:     −1 / 4           = −0.25
+    balanced: (2/1 + −3/3) / 2 =  0.5
+    """
+    seen = {
+        "reward_total": torch.tensor(-1.0, dtype=torch.float64),
+        "reward_count": torch.tensor(4.0, dtype=torch.float64),
+        "desirable_total": torch.tensor(2.0, dtype=torch.float64),
+        "desirable_count": torch.tensor(1.0, dtype=torch.float64),
+    }
+    for shift, expected in (("mean", -0.25), ("balanced", 0.5)):
+        objective = BCO(shift=shift)
+        batch = make_batch(objective, seed=1)
+        state = {name: seen[name] for name in objective.init_state()}
+        threshold = objective(replace(batch, state=state)).metrics["rewards/threshold"]
+        assert threshold.total.item() / threshold.count == pytest.approx(expected)
+
+
+def test_a_balanced_shift_adds_up_its_classes():
+    objective = BCO(shift="balanced")
+    batch = make_batch(objective, seed=2, rows=5)
+    state = objective.update(objective.init_state(), objective.observe(batch))
+    rewards = 0.1 * batch["completion"].logratio()
+    assert batch.labels is not None
+    assert state["desirable_count"] == batch.labels.sum()
+    assert state["desirable_total"].item() == pytest.approx(rewards[batch.labels].sum().item())
+    assert state["reward_total"].item() == pytest.approx(rewards.sum().item())

@@ -60,6 +60,7 @@ SMOOTHING = Values(allowed=(0.0, 0.1, 0.49), refused=(-0.01, 0.5, 1.0, *NOT_A_NU
 
 KEYS: dict[tuple[str, str], Values] = {
     ("bco", "beta"): POSITIVE,
+    ("bco", "shift"): Values(allowed=("mean", "balanced"), refused=("median", "")),
     ("bco", "prompt_encoder"): Values(allowed=(None, "policy"), refused=("", "  ")),
     ("bco", "min_density_ratio"): Values(allowed=(0.0, 0.5), refused=(-0.1, *NOT_A_NUMBER)),
     ("bco", "max_density_ratio"): Values(allowed=(0.5, 10.0), refused=(0.49, -1.0, *NOT_A_NUMBER)),
