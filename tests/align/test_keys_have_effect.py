@@ -25,6 +25,8 @@ SFT = "--objective=sft"
 BASES: dict[str, tuple[str, list[str]]] = {
     "dpo": ("pairs", ["--objective=dpo"]),
     "bco": ("labels", ["--objective=bco"]),
+    # All rewards of the first step are zero, so the third is the first that a shift can move.
+    "bco, three steps": ("labels", ["--objective=bco", "--max_steps=3"]),
     "bco, encoder": ("labels", ["--objective=bco", "--prompt_encoder=policy"]),
     "kto": ("labels", ["--objective=kto"]),
     "tpo": ("triples", ["--objective=tpo", "--objective.beta=1"]),
@@ -50,7 +52,8 @@ BASES: dict[str, tuple[str, list[str]]] = {
 """Rows and keys of the runs that are compared with."""
 
 CHANGES = [
-    *[("bco", words) for words in ("--beta=1", "--prompt_encoder=policy", "--shift=balanced")],
+    *[("bco", words) for words in ("--beta=1", "--prompt_encoder=policy")],
+    ("bco, three steps", "--shift=balanced"),
     *[("bco, encoder", f"--{w}") for w in ("min_density_ratio=2", "max_density_ratio=0.5", "prompt_sample_size=2")],
     *[("kto", f"--{words}") for words in ("beta=1", "desirable_weight=3", "undesirable_weight=3")],
     *[("tpo", f"--{w}") for w in ("objective.beta=0.1", "alpha=0", "label_smoothing=0.4", "link=hinge", "link=ipo")],
