@@ -295,19 +295,12 @@ def goldfish(bench: Bench) -> Iterator[Finding]:
 
 
 def talr(bench: Bench) -> Iterator[Finding]:
-    """Old skill (word problems) at the point where a new one is learned, by kind of token weight."""
+    """Old skill (word problems) at the point where a new one (the next number) is learned, by kind of token weight."""
     rng = random.Random(0)
-
-    def rows(number: int) -> list[dict[str, str]]:
-        made = []
-        for _ in range(number):
-            digits = rng.choices("0123456789", k=5)
-            made.append(
-                {"prompt": f"Write {' '.join(digits)} backwards.", "completion": " ".join(reversed(digits)) + "."}
-            )
-        return made
-
-    data, tests = bench.write("backwards", rows(1500)), rows(300)
+    numbers = [rng.randrange(10, 99) for _ in range(960)]
+    rows = [{"prompt": f"What comes after {number}?", "completion": f"{number + 1}."} for number in numbers]
+    tests = [{"prompt": f"What comes after {number}?", "completion": f"{number + 1}."} for number in range(10, 99)]
+    data = bench.write("successors", rows)
     curves: dict[str, list[tuple[float, Estimate, int]]] = {}
     for name, recipe in (("sft", "sft"), ("talr", "talr"), ("flow", "flow")):
         run = bench.train(
@@ -315,11 +308,11 @@ def talr(bench: Bench) -> Iterator[Finding]:
             recipe,
             data,
             "--as_chat",
-            "--learning_rate=1e-3",
+            "--learning_rate=2e-4",
             "--eval_share=0",
-            "--num_train_epochs=6",
+            "--num_train_epochs=4",
             "--save_strategy=steps",
-            "--save_steps=20",
+            "--save_steps=10",
             "--save_total_limit=null",
             "--lr_scheduler_type=constant_with_warmup",
         )
@@ -334,7 +327,7 @@ def talr(bench: Bench) -> Iterator[Finding]:
     numbers = "; ".join(f"{name} {shown(old)} (new {new:.2f}, step {step})" for name, (new, old, step) in at.items())
     yield Finding(
         "talr keeps more of the old skill than sft at equal new skill",
-        f"accuracy on word problems once {reached:.2f} of new tasks are right; start {shown(bench.start)}",
+        f"accuracy on word problems once {reached:.2f} of 89 successors are right; start {shown(bench.start)}",
         numbers,
         above(at["talr"][1], at["sft"][1]),
     )
