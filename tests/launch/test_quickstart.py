@@ -31,7 +31,9 @@ def test_a_small_quickstart_ends_with_its_table(
         assert len(numbers) == 6  # before and after, each with an interval
         for step, (value, low, high) in ((0, numbers[:3]), (last, numbers[3:])):
             wanted = next(r for r in results if (r["metric"], r["split"], r["step"]) == (metric, split, step))
-            assert [value, low, high] == pytest.approx([wanted[k] for k in ("value", "low", "high")], abs=5e-4)
+            assert [value, low, high] == pytest.approx(
+                [wanted[k] for k in ("value", "low", "high")], abs=6e-4
+            )  # three decimals
             assert low <= value <= high
     assert f"{run}/report.html" in table
     for name in ("report.html", "README.md", "recipe.yaml", "model.safetensors"):
