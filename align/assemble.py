@@ -32,6 +32,7 @@ Say = Callable[[str], None]
 def data_spec(recipe: Recipe, max_length: int) -> DataSpec:
     """What to prepare, from the recipe's data section."""
     data = recipe.data
+    attributes = tuple(name for name in recipe.mixture.needs.scores if name not in ("chosen", "rejected", "gold"))
     held_out = None
     if data.eval_dataset_name is not None:
         held_out = Source(
@@ -42,13 +43,15 @@ def data_spec(recipe: Recipe, max_length: int) -> DataSpec:
             format=data.format,
             as_chat=data.as_chat,
             streaming=data.streaming,
+            attributes=attributes,
         )
     return DataSpec(
-        train=tuple(_source(entry, data) for entry in data.datasets or [data]),
+        train=tuple(_source(entry, data, attributes) for entry in data.datasets or [data]),
         eval=held_out,
         eval_share=data.eval_share,
         legs=recipe.mixture.needs.legs,
         labels=recipe.mixture.needs.labels,
+        scores=recipe.mixture.needs.scores,
         rule=Rule(name=data.rule, threshold=data.threshold, margin=data.margin),
         relabel=tuple(entry.built for entry in recipe.relabel),
         policy=TokenPolicy(max_length=max_length, truncation=data.truncation),
@@ -58,7 +61,7 @@ def data_spec(recipe: Recipe, max_length: int) -> DataSpec:
     )
 
 
-def _source(entry: DataSection | DatasetSection, data: DataSection) -> Source:
+def _source(entry: DataSection | DatasetSection, data: DataSection, attributes: tuple[str, ...]) -> Source:
     assert entry.dataset_name is not None
     return Source(
         dataset_name=entry.dataset_name,
@@ -69,6 +72,7 @@ def _source(entry: DataSection | DatasetSection, data: DataSection) -> Source:
         format=entry.format,
         as_chat=data.as_chat,
         streaming=data.streaming,
+        attributes=attributes,
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import set_seed
@@ -15,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from align import checks
 from align import model as models
+from align.anchors import InitialWeights, MovingReference, refuse_sharded
 from align.assemble import Say, bytes_to_save, total_steps, train_plan, training_arguments, world_size
 from align.density import DensityRatio
 from align.errors import RunError
@@ -24,7 +26,8 @@ from align.reference import ReferenceKey
 from align.startup import Startup, adapter_off_scorer, frozen_scorer, load_frozen
 from align.trainer import ObjectiveTrainer, PairSums
 from align.watch import DisplacementAlarm, MetricsFile, Progress, Speed
-from data.loader import PlannedBatches, kept_tokens
+from data.loader import PlannedBatches, kept_tokens, number_counts
+from data.number_tokens import number_values
 from data.pack import Known
 from data.plan import Plan
 from data.preparation import Prepared
@@ -91,8 +94,11 @@ def build(
         say(f"warning: train.warmup_steps {warmup:g} is as long as the run of {steps} steps")
     rank = args.process_index
     batches = PlannedBatches(prepared.train.table, plan, rank=rank, share=share)
-    batches.known = Known(kept=kept_tokens(prepared.train.table, recipe.weighting))
+    numbers = _number_values(recipe, model, tokenizer)
+    batches.known = Known(kept=kept_tokens(prepared.train.table, recipe.weighting), numbers=_counted(numbers, batches))
     held_out = None if prepared.eval is None else _eval_batches(prepared, plan, rank=rank, share=share)
+    if held_out is not None:
+        held_out.known = Known(numbers=_counted(numbers, held_out))
 
     fingerprint = models.weights_fingerprint(model)
     startup = _startup(recipe, model, tokenizer, prepared, dtype, share, say)
@@ -110,6 +116,10 @@ def build(
         evaluations=evaluations,
         row_name=prepared.train.name,
         recipe_yaml=recipe.to_yaml(),
+        numbers=None if numbers is None else torch.from_numpy(numbers),
+        anchor=InitialWeights(model, {entry.name: entry.built for entry in recipe.regularizers})
+        if recipe.regularizers
+        else None,
         processing_class=tokenizer,
         callbacks=[speed, alarm, metrics],
     )
@@ -118,6 +128,10 @@ def build(
         trainer.remove_callback(callback)
     trainer.add_callback(Progress())
     trainer.live_reference = _live_reference(recipe, startup, trainer)
+    if recipe.synced is not None:
+        assert startup.frozen is not None
+        refuse_sharded(trainer.accelerator.distributed_type.name, ["tr_dpo"])
+        trainer.moving_reference = MovingReference(recipe.synced, startup.frozen())
     return Run(
         recipe=recipe,
         prepared=prepared,
@@ -206,6 +220,25 @@ def _startup(
         row_names=[split.name for split in (prepared.train, prepared.eval) if split is not None],
         say=say,
     )
+
+
+def _number_values(recipe: Recipe, model: nn.Module, tokenizer: Any) -> np.ndarray | None:
+    """Value of each number token, where an objective reads them."""
+    if not any(name.startswith("number_") for name in recipe.mixture.needs.extras):
+        return None
+    values = number_values(tokenizer, int(causal_lm(model).config.get_text_config().vocab_size))
+    known = np.isfinite(values)
+    if len(set(values[known].tolist())) < 2:
+        names = ", ".join(entry.name for entry in recipe.objectives)
+        raise RunError(
+            f"the tokenizer has {int(known.sum())} number tokens (tokens of the digits 0 to 9 alone), and {names} "
+            "compares at least two; use a tokenizer that splits numbers into digits, or another objective"
+        )
+    return values
+
+
+def _counted(numbers: np.ndarray | None, batches: PlannedBatches) -> dict[str, np.ndarray] | None:
+    return None if numbers is None else number_counts(batches.table, numbers)
 
 
 def _density(recipe: Recipe, model: nn.Module, tokenizer: Any, dtype: torch.dtype) -> DensityRatio | None:

@@ -97,7 +97,8 @@ def choose_path(model: nn.Module, table: TokenTable, dtype: torch.dtype, device:
         for share in (False, True):
             batch = pack(table, [row], share=share, counts={}).to(device)
             try:
-                flats.append(model(packed=batch)["logps"])
+                scores = model(packed=batch)
+                flats.append(scores["values" if "values" in scores else "logps"])
             except Exception as error:
                 if not share:
                     raise RunError(f"the model can't score a row: {_short(error)}") from error

@@ -128,6 +128,22 @@ def refuse_contradictions(recipe: Recipe, values: Mapping[str, Any], written: Ma
 def _refuse_parts(recipe: Recipe) -> None:
     """The same for objectives, token weights and relabelers."""
     needs = recipe.mixture.needs
+    _refuse_reference(recipe)
+    _refuse_reward_model(recipe)
+    for entry in recipe.regularizers:
+        if recipe.lora is not None and entry.built.full_fine_tuning_only:
+            raise RecipeError(
+                f"regularizers: {entry.name} is of all weights, and with a lora section they don't move; leave one out"
+            )
+        lora = recipe.lora
+        if lora is not None and (lora.adapter_name_or_path or lora.modules_to_save or lora.use_dora):
+            raise RecipeError(
+                f"regularizers: {entry.name} needs an adapter that starts as nothing and is a sum of weights; leave "
+                "lora.adapter_name_or_path, lora.modules_to_save and lora.use_dora out"
+            )
+    kinds = [entry.name for entry in recipe.regularizers]
+    if len(set(kinds)) < len(kinds):
+        raise RecipeError(f"regularizers: {max(kinds, key=kinds.count)} is listed twice; keep one")
     for entry in recipe.relabel:
         if not set(needs.legs) <= set(entry.built.legs):
             other = next(leg for leg in needs.legs if leg not in entry.built.legs)
@@ -143,3 +159,31 @@ def _refuse_parts(recipe: Recipe) -> None:
             raise RecipeError(
                 f"token_weights: {names} takes reference {{model: initial, source: cached}}; leave it out"
             )
+
+
+def _refuse_reference(recipe: Recipe) -> None:
+    """The same for a reference that some objective or modifier wants otherwise."""
+    if "ref_kl" in recipe.mixture.needs.extras and recipe.reference.source == "cached":
+        names = " and ".join(entry.name for entry in recipe.objectives if "ref_kl" in entry.built.needs.extras)
+        raise RecipeError(
+            f"objective: {names} compares whole distributions of policy and reference, and reference.source cached "
+            "keeps one number per token; set reference.source to live, or with a lora section to adapter_off"
+        )
+    if recipe.synced is None:
+        return
+    if recipe.lora is not None:
+        raise RecipeError("modifiers: tr_dpo moves all weights of the reference; leave the lora section out")
+    if recipe.reference.source != "live":
+        raise RecipeError("modifiers: tr_dpo moves the reference, which a cache can't; set reference.source to live")
+    if recipe.weighting.needs_reference:
+        raise RecipeError("modifiers: tr_dpo moves the reference that token_weights take from the start; keep one")
+
+
+def _refuse_reward_model(recipe: Recipe) -> None:
+    """The same for objectives of reward models, which have no language model's head."""
+    of_head = [entry.name for entry in recipe.objectives if entry.built.needs.values]
+    others = [entry.name for entry in recipe.objectives if not entry.built.needs.values]
+    if of_head and others:
+        raise RecipeError(
+            f"objective: {of_head[0]} trains a scalar head and {others[0]} a language model; take one of them"
+        )

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from align.logps import HeadTransform, chunked_logps, head_parameters, logps_of_logits
+from align.logps import PLAIN, Head, HeadExtras, HeadTransform, chunked_scores, head_parameters
 from align.masks import masks_for
 from data.pack import PADDING, PROMPT, PackedBatch
 
@@ -33,7 +33,7 @@ def bind(model: nn.Module) -> None:
     ) -> Any:
         if packed is None:
             return original(*arguments, **options)
-        return embed_prompts(self, packed) if embed else score(self, packed)
+        return embed_prompts(self, packed) if embed else score(self, packed, **options)
 
     model.forward = MethodType(forward, model)  # type: ignore[method-assign]
 
@@ -44,50 +44,73 @@ def causal_lm(model: nn.Module) -> Any:
     return get_base_model() if callable(get_base_model) else model
 
 
-def score(model: nn.Module, batch: PackedBatch) -> dict[str, Tensor]:
+def score(
+    model: nn.Module, batch: PackedBatch, extras: HeadExtras = PLAIN, *, keep_head: bool = False
+) -> dict[str, Any]:
     """Log-probs of the batch's response tokens.
 
+    Args:
+        model: bound.
+        batch: what to score.
+        extras: numbers per response token besides log-probs.
+        keep_head: also return ``head``, for a policy that is compared with this model's whole distributions.
     Returns:
-        ``logps``: one per entry of ``batch.target``, nats, float32. For mixture-of-experts models also ``router``:
-        the load-balancing loss summed over the batch's sequences (a prompt with one response each).
+        ``logps``: one per entry of ``batch.target``, nats, float32; each extra likewise. For mixture-of-experts models
+        also ``router``: the load-balancing loss summed over the batch's sequences (a prompt with one response each).
+        For reward models instead ``values``: outputs at the last token of every response, leg by leg, row by row,
+        (leg · row, output).
     """
-    return _shared(model, batch) if batch.shared else _separate(model, batch)
-
-
-def _shared(model: nn.Module, batch: PackedBatch) -> dict[str, Tensor]:
     inner = causal_lm(model)
     config = inner.config.get_text_config()
     options = {"output_router_logits": True} if router_weight(config) else {}
+    value_head = getattr(inner, "score", None)
+    if value_head is not None:
+        states, outputs = _states(model, inner, batch, options)
+        found: dict[str, Any] = {"values": value_head(states[last_positions(batch)]).float()}
+    else:
+        if batch.shared:
+            states, outputs = _states(model, inner, batch, options)
+            weight, bias = head_parameters(inner.get_output_embeddings())
+            head = Head(states=states[batch.source], weight=weight, bias=bias, transform=HeadTransform.of(config))
+        else:
+            # The original forward, not the bound one: this call does not pass ``packed``.
+            outputs = model.forward(**_plain_inputs(batch), **options)
+            head = Head(states=outputs.logits.flatten(0, 1)[batch.source])
+        found = chunked_scores(head, batch.target, extras)
+        if keep_head:
+            found["head"] = head
+    if options:
+        found["router"] = _router_loss(outputs.router_logits, batch, config)
+    return found
+
+
+def _states(model: nn.Module, inner: Any, batch: PackedBatch, options: dict[str, Any]) -> tuple[Tensor, Any]:
+    """States after the final norm, (position, hidden), and what the model returned besides."""
+    if not batch.shared:
+        outputs = model.forward(**_plain_inputs(batch), output_hidden_states=True, **options)
+        return outputs.hidden_states[-1].flatten(0, 1), outputs
     outputs = _decoder(inner)(
         input_ids=batch.input_ids,
-        attention_mask=masks_for(config, batch),
+        attention_mask=masks_for(inner.config.get_text_config(), batch),
         position_ids=batch.position_ids,
         use_cache=False,
         **options,
     )
-    hidden = outputs.last_hidden_state.flatten(0, 1)[batch.source]  # (response, hidden)
-    weight, bias = head_parameters(inner.get_output_embeddings())
-    scores = {"logps": chunked_logps(hidden, weight, bias, batch.target, HeadTransform.of(config))}
-    if options:
-        scores["router"] = _router_loss(outputs.router_logits, batch, config)
-    return scores
+    return outputs.last_hidden_state.flatten(0, 1), outputs
 
 
-def _separate(model: nn.Module, batch: PackedBatch) -> dict[str, Tensor]:
-    inner = causal_lm(model)
-    config = inner.config.get_text_config()
-    options = {"output_router_logits": True} if router_weight(config) else {}
-    # The original forward, not the bound one: this call does not pass ``packed``.
-    outputs = model.forward(
-        input_ids=batch.input_ids,
-        attention_mask=(batch.row_ids != PADDING).long(),
-        use_cache=False,
-        **options,
-    )
-    scores = {"logps": logps_of_logits(outputs.logits.flatten(0, 1)[batch.source], batch.target)}
-    if options:
-        scores["router"] = _router_loss(outputs.router_logits, batch, config)
-    return scores
+def _plain_inputs(batch: PackedBatch) -> dict[str, Any]:
+    """For a model's own forward: a sequence per line."""
+    return {"input_ids": batch.input_ids, "attention_mask": (batch.row_ids != PADDING).long(), "use_cache": False}
+
+
+def last_positions(batch: PackedBatch) -> Tensor:
+    """Flat position of the last token of every response, leg by leg, row by row.
+
+    A dummy batch has no response; any position of it does.
+    """
+    lasts = [place.last for place in batch.legs.values()]
+    return torch.cat(lasts) if len(batch.rows) else batch.source[:1]
 
 
 def embed_prompts(model: nn.Module, batch: PackedBatch) -> dict[str, Tensor]:
@@ -96,30 +119,15 @@ def embed_prompts(model: nn.Module, batch: PackedBatch) -> dict[str, Tensor]:
     Returns:
         ``prompts``: mean of the last hidden states over each row's prompt, (row, hidden), float32.
     """
-    inner = causal_lm(model)
-    if batch.shared:
-        config = inner.config.get_text_config()
-        hidden = _decoder(inner)(
-            input_ids=batch.input_ids,
-            attention_mask=masks_for(config, batch),
-            position_ids=batch.position_ids,
-            use_cache=False,
-        ).last_hidden_state
-    else:
-        hidden = model.forward(
-            input_ids=batch.input_ids,
-            attention_mask=(batch.row_ids != PADDING).long(),
-            use_cache=False,
-            output_hidden_states=True,
-        ).hidden_states[-1]
-    flat, rows = hidden.flatten(0, 1).float(), batch.row_ids.flatten()
+    hidden, _ = _states(model, causal_lm(model), batch, {})
+    flat, rows = hidden.float(), batch.row_ids.flatten()
     of_prompt = batch.leg_ids.flatten() == PROMPT
     means = [flat[(rows == row) & of_prompt].mean(0) for row in batch.rows.tolist()]
     return {"prompts": torch.stack(means) if means else flat.new_zeros((0, flat.shape[-1])) + 0.0 * flat.sum()}
 
 
 def _decoder(inner: Any) -> Any:
-    decoder = inner.get_decoder()
+    decoder = inner.base_model if getattr(inner, "score", None) is not None else inner.get_decoder()
     if decoder is inner:
         raise ValueError(f"{type(inner).__name__} has no decoder apart from its head")
     return decoder

@@ -8,10 +8,16 @@ from typing import Any
 
 from align.errors import RecipeError
 from align.sections import SECTIONS
-from objectives import OBJECTIVES, RELABELERS, TOKEN_WEIGHTS
+from objectives import MODIFIERS, OBJECTIVES, REGULARIZERS, RELABELERS, TOKEN_WEIGHTS
 from objectives.registry import Registry, did_you_mean
 
-NAMED: dict[str, Registry] = {"objective": OBJECTIVES, "token_weights": TOKEN_WEIGHTS, "relabel": RELABELERS}
+NAMED: dict[str, Registry] = {
+    "objective": OBJECTIVES,
+    "modifiers": MODIFIERS,
+    "token_weights": TOKEN_WEIGHTS,
+    "regularizers": REGULARIZERS,
+    "relabel": RELABELERS,
+}
 """Sections that hold one entry, or a list of entries, whose keys depend on its name."""
 
 ELSEWHERE = {
@@ -44,6 +50,14 @@ ELSEWHERE = {
     "rpo_alpha": "a second objective: [{name: dpo}, {name: sft, leg: chosen, weight: …}]",
     "deepspeed": "a file for the launcher: accelerate launch --config_file FILE align/train.py …",
     "fsdp": "a file for the launcher: accelerate launch --config_file FILE align/train.py …",
+    "sync_ref_model": "modifiers: {name: tr_dpo}",
+    "ref_model_mixup_alpha": "modifiers: {name: tr_dpo, sync_alpha: …}",
+    "ref_model_sync_steps": "modifiers: {name: tr_dpo, sync_steps: …}",
+    "use_weighting": "modifiers: {name: wpo}",
+    "f_divergence_type": "modifiers: {name: f_divergence, divergence: …}",
+    "f_alpha_divergence_coef": "modifiers: {name: f_divergence, divergence: alpha, divergence_alpha: …}",
+    "simpo_gamma": "objective.gamma of simpo",
+    "gamma_beta_ratio": "objective.gamma of simpo, which is β times that ratio",
     "hub_token": "the login of `hf auth login`, or the variable HF_TOKEN",
 }
 """Keys of other trainers, recognised only to answer with ours."""
@@ -52,7 +66,6 @@ NEEDLESS = {
     "padding_free": "batches carry no padding that matters",
     "packing": "batches carry no padding that matters",
     "remove_unused_columns": "unused columns are never read",
-    "sync_ref_model": "the reference is frozen",
     "reference_free": "an objective says itself whether it needs a reference",
     "do_train": "train.py always trains",
 }

@@ -2,6 +2,9 @@
 
     logp_i = z_i[target_i] − log Σ_v exp z_i[v],    z_i = f(W h_i + b)
 
+and, where an objective declares them, other functions of the same logits (log Σ p², KL to the reference, expectations
+over number tokens).
+
 Only the positions that predict a response token come here. They go through the head in chunks whose logits are
 recomputed in the backward pass, so memory is one chunk of logits, whatever the batch. ``f`` is what some models do
 beyond a matrix product: scale (Cohere, Granite) and soft-cap (Gemma-2).
@@ -10,6 +13,7 @@ beyond a matrix product: scale (Cohere, Granite) and soft-cap (Gemma-2).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -44,45 +48,115 @@ class HeadTransform:
         return logits
 
 
-def logps_of_logits(
-    logits: Float[Tensor, "response vocab"], targets: Int[Tensor, " response"]
-) -> Float[Tensor, " response"]:
-    """log softmax(logits)[target] in float32 or better."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(dim=-1)
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """What turns the states of a batch's response positions into logits, one chunk after the other."""
+
+    states: Float[Tensor, "response hidden"]
+    """After the final norm; or the logits themselves, where ``weight`` is None."""
+    weight: Float[Tensor, "vocab hidden"] | None = None
+    """The head's effective weight; used functionally, so that sharded engines gather it once."""
+    bias: Float[Tensor, " vocab"] | None = None
+    transform: HeadTransform = HeadTransform()
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits."""
+        return (self.states.shape[1] if self.weight is None else self.weight.shape[0]) or 1
+
+    def logits(self, states: Float[Tensor, "response hidden"]) -> Float[Tensor, "response vocab"]:
+        """Of some of the states, in float32 or better."""
+        if self.weight is None:
+            return _at_least_float32(states)
+        return _at_least_float32(self.transform(functional.linear(states, self.weight, self.bias)))
 
 
-def chunked_logps(
-    hidden: Float[Tensor, "response hidden"],
-    weight: Float[Tensor, "vocab hidden"],
-    bias: Float[Tensor, " vocab"] | None,
+@dataclass(frozen=True, kw_only=True)
+class HeadExtras:
+    """What else than log-probs is wanted of every response token; see ``objectives.needs.EXTRAS``."""
+
+    names: tuple[str, ...] = ()
+    numbers: Float[Tensor, " vocab"] | None = None
+    """Value of each number token, NaN for all others; where a name begins with ``number``."""
+    reference: Head | None = None
+    """The reference's head for the same response tokens; where ``ref_kl`` is wanted."""
+
+
+PLAIN = HeadExtras()
+
+
+def scores_of_logits(
+    logits: Float[Tensor, "response vocab"],
     targets: Int[Tensor, " response"],
-    transform: HeadTransform,
-    chunk: int | None = None,
-) -> Float[Tensor, " response"]:
-    """Log-probability of each target, nats, float32 (float64 for float64 inputs).
+    extras: HeadExtras = PLAIN,
+    ref_logits: Float[Tensor, "response vocab"] | None = None,
+) -> tuple[Float[Tensor, " response"], ...]:
+    """log softmax(logits)[target], then the extras in order, in float32 or better."""
+    logits = _at_least_float32(logits)
+    total = logits.logsumexp(dim=-1)
+    scores = [logits.gather(-1, targets[:, None])[:, 0] - total]
+    for name in extras.names:
+        if name == "log_sum_p2":
+            scores.append((2 * (logits.detach() - total.detach()[:, None])).logsumexp(dim=-1))
+        elif name == "ref_kl":
+            assert ref_logits is not None
+            logps = torch.log_softmax(ref_logits, dim=-1)  # without gradient
+            scores.append((logps.exp() * (logps - logits)).sum(dim=-1) + total)
+        else:
+            assert extras.numbers is not None
+            scores.append(_number_score(name, logits, targets, extras.numbers))
+    return tuple(scores)
+
+
+def _number_score(name: str, logits: Tensor, targets: Tensor, numbers: Tensor) -> Tensor:
+    values = numbers.to(logits)
+    own = values[targets]
+    if name == "number_value":
+        return own
+    ids = values.isfinite().nonzero()[:, 0]
+    shares = torch.softmax(logits[:, ids], dim=-1)
+    if name == "number_mean":
+        return (shares * values[ids]).sum(dim=-1)
+    assert name == "number_distance", name
+    return (shares * (values[ids] - own.nan_to_num()[:, None]).abs()).sum(dim=-1)
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def chunked_scores(
+    head: Head, targets: Int[Tensor, " response"], extras: HeadExtras = PLAIN, chunk: int | None = None
+) -> dict[str, Float[Tensor, " response"]]:
+    """``logps`` (nats) and the extras of each target, float32 (float64 for float64 inputs).
 
     Args:
-        hidden: states after the final norm, one per response token.
-        weight: the head's effective weight; used functionally, so that sharded engines gather it once.
-        bias: the head's bias.
+        head: the policy's.
         targets: token ids to score.
-        transform: what follows the matrix product.
+        extras: what else is wanted.
         chunk: positions per chunk; by default as many as keep a chunk's logits at ``LOGITS_PER_CHUNK`` elements.
     """
-    size = chunk or max(1, LOGITS_PER_CHUNK // weight.shape[0])
+    size = chunk or max(1, LOGITS_PER_CHUNK // head.vocabulary)
+    reference = extras.reference
 
-    def score(states: Tensor, matrix: Tensor, shift: Tensor | None, ids: Tensor) -> Tensor:
-        return logps_of_logits(transform(functional.linear(states, matrix, shift)), ids)
+    def score(states: Tensor, weight: Tensor | None, bias: Tensor | None, ids: Tensor, start: int) -> Any:
+        ref_logits = None
+        if reference is not None:
+            with torch.no_grad():
+                ref_logits = reference.logits(reference.states[start : start + len(ids)])
+        logits = Head(states=states, weight=weight, bias=bias, transform=head.transform).logits(states)
+        return scores_of_logits(logits, ids, extras, ref_logits)
 
-    parts = []
+    parts: list[tuple[Tensor, ...]] = []
     for start in range(0, len(targets), size):
-        states, ids = hidden[start : start + size], targets[start : start + size]
+        states, ids = head.states[start : start + size], targets[start : start + size]
+        inputs = (states, head.weight, head.bias, ids, start)
         if torch.is_grad_enabled():
-            parts.append(checkpoint(score, states, weight, bias, ids, use_reentrant=False, preserve_rng_state=False))
+            parts.append(checkpoint(score, *inputs, use_reentrant=False, preserve_rng_state=False))  # type: ignore[arg-type]
         else:
-            parts.append(score(states, weight, bias, ids))
-    return torch.cat(parts)
+            parts.append(score(*inputs))
+    names = ("logps", *extras.names)
+    return {name: torch.cat([part[i] for part in parts]) for i, name in enumerate(names)}
 
 
 def head_parameters(head: nn.Module) -> tuple[Tensor, Tensor | None]:

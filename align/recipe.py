@@ -35,8 +35,15 @@ from align.sections import (
 )
 from align.typed import Entry, entries, section
 from objectives import Mixture, Weighting, mixture, weighting
+from objectives.modifiers import TRDPO
 
-KINDS = {"objective": "objectives", "token_weights": "token_weights", "relabel": "relabel"}
+KINDS = {
+    "objective": "objectives",
+    "modifiers": "modifiers",
+    "token_weights": "token_weights",
+    "regularizers": "regularizers",
+    "relabel": "relabel",
+}
 """Named sections to the fields of ``Recipe`` that hold them."""
 
 
@@ -48,7 +55,9 @@ class Recipe:
     data: DataSection
     train: TrainSection
     objectives: tuple[Entry, ...]
+    modifiers: tuple[Entry, ...] = ()
     token_weights: tuple[Entry, ...] = ()
+    regularizers: tuple[Entry, ...] = ()
     relabel: tuple[Entry, ...] = ()
     lora: LoraSection | None = None
     reference: ReferenceSection = field(default_factory=ReferenceSection)
@@ -58,14 +67,27 @@ class Recipe:
 
     @cached_property
     def mixture(self) -> Mixture:
-        """The objectives as one."""
-        return mixture([(entry.name, entry.built, entry.weight) for entry in self.objectives])
+        """The objectives, with their modifiers, as one."""
+        return mixture(
+            [(entry.name, entry.built, entry.weight) for entry in self.objectives],
+            [(entry.name, entry.built) for entry in self.modifiers],
+        )
 
     @cached_property
     def weighting(self) -> Weighting:
         """The token weights as one."""
         parts = [(entry.name, entry.built) for entry in self.token_weights]
         return weighting(parts, self.mixture.needs.likelihood)
+
+    @property
+    def synced(self) -> TRDPO | None:
+        """How the reference follows the policy; None where it stands still."""
+        return next((entry.built for entry in self.modifiers if isinstance(entry.built, TRDPO)), None)
+
+    @property
+    def trains_reward_model(self) -> bool:
+        """Whether the model has a scalar head instead of a language model's."""
+        return bool(self.mixture.needs.values)
 
     @property
     def needs_reference(self) -> bool:
@@ -110,8 +132,11 @@ class Recipe:
             "objective": [
                 {"name": entry.name, "weight": entry.weight, **entry.resolved()} for entry in self.objectives
             ],
-            "token_weights": [{"name": entry.name, **entry.resolved()} for entry in self.token_weights],
-            "relabel": [{"name": entry.name, **entry.resolved()} for entry in self.relabel],
+            **{
+                kind: [{"name": entry.name, **entry.resolved()} for entry in getattr(self, field)]
+                for kind, field in KINDS.items()
+                if kind != "objective"
+            },
         }
         return {**sections, **{name: listed for name, listed in named.items() if listed}}
 
@@ -203,6 +228,8 @@ def _build(values: dict[str, Any], written: Mapping[str, str], commanded: set[st
     recipe = Recipe(**{KINDS[kind]: built for kind, built in named.items()}, **sections)
     where = "objective"
     try:
+        mixture([(entry.name, entry.built, entry.weight) for entry in recipe.objectives])
+        where = "modifiers" if recipe.modifiers else "objective"
         _ = recipe.mixture.needs
         where = "token_weights"
         _ = recipe.weighting

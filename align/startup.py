@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from data.pack import PackedBatch
 from data.store import Ragged, cache_dir
 
 if TYPE_CHECKING:
-    from align.trainer import ObjectiveTrainer
+    from align.trainer import LiveReference, ObjectiveTrainer
 
 Say = Callable[[str], None]
 
@@ -138,17 +138,13 @@ class Startup:
 
     def _scorer(self, trainer: ObjectiveTrainer) -> Scorer:
         if self.frozen is not None:
-            return frozen_scorer(self.frozen(), trainer)
+            live = frozen_scorer(self.frozen(), trainer)
         # An adapter that started as nothing can still be switched off in the middle of training.
-        if self._is_base() and (trainer.resumed or self.recipe.reference.model == "base"):
-            model = trainer.unwrapped
-
-            def without_adapter(batch: PackedBatch) -> Tensor:
-                with adapter_off(model):
-                    return trainer.score(batch)
-
-            return without_adapter
-        return trainer.score
+        elif self._is_base() and (trainer.resumed or self.recipe.reference.model == "base"):
+            live = adapter_off_scorer(trainer)
+        else:
+            live = trainer.score
+        return lambda batch: live(batch, False)["logps"]
 
 
 def _mean_losses(logps: Ragged) -> Tensor:
@@ -169,24 +165,23 @@ def _refuse_not_finite(legs: Mapping[str, StoredLogps], name: Callable[[int], st
             )
 
 
-def frozen_scorer(model: torch.nn.Module, trainer: ObjectiveTrainer) -> Scorer:
-    """Log-probs under a second model that never changes."""
+def frozen_scorer(model: torch.nn.Module, trainer: ObjectiveTrainer) -> LiveReference:
+    """Scores under a second model that training does not touch."""
     model.requires_grad_(False).eval().to(trainer.args.device)
 
-    def score(batch: PackedBatch) -> Tensor:
+    def score(batch: PackedBatch, keep_head: bool) -> Mapping[str, Any]:
         with torch.no_grad(), trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
-            return model(packed=batch.to(trainer.args.device))["logps"]
+            return model(packed=batch.to(trainer.args.device), keep_head=keep_head)
 
     return score
 
 
-def adapter_off_scorer(trainer: ObjectiveTrainer) -> Scorer:
-    """Log-probs under the policy without its adapter, in the middle of training."""
+def adapter_off_scorer(trainer: ObjectiveTrainer) -> LiveReference:
+    """Scores under the policy without its adapter, in the middle of training."""
 
-    def score(batch: PackedBatch) -> Tensor:
-        model = trainer.unwrapped
-        with adapter_off(model), trainer.scoring():
-            return trainer.wrapped(packed=batch.to(trainer.args.device))["logps"]
+    def score(batch: PackedBatch, keep_head: bool) -> Mapping[str, Any]:
+        with adapter_off(trainer.unwrapped):
+            return trainer.score(batch, keep_head)
 
     return score
 

@@ -156,8 +156,12 @@ def run(recipe: Recipe, command: str = "", measure: Measure | None = None) -> Pa
             run_directory.begin(ready, output_dir, checkpoint, held_out, say)
         measured = list(measure(trainer.model, tokenizer, 0)) if first and measure is not None else []
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        anchor = trainer.anchor
+        averaged = anchor is not None and bool(anchor.averages)
+        if anchor is not None:
+            anchor.average(trainer.unwrapped)
         trainer.save_model()
-        if held_out is not None and held_out.last_step != trainer.state.global_step:
+        if held_out is not None and (averaged or held_out.last_step != trainer.state.global_step):
             trainer.evaluate()
         if first:
             if measure is not None:

@@ -16,7 +16,8 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
+from align.anchors import InitialWeights, MovingReference, refuse_sharded
 from align.errors import RunError
 from align.forward import causal_lm, dense, router_weight
+from align.logps import HeadExtras
 from align.meter import Meter
 from align.saving import PARTIAL, RECIPE, STATE, explained, publish, write_manifest
 from data.loader import PlannedBatches
@@ -37,7 +40,8 @@ from data.pack import PackedBatch
 from objectives import Leg, LegBatch, Mean, Mixture, Output, Term, Weighting
 
 NO_WEIGHTS = Weighting(parts={}, likelihood=())
-LiveReference = Callable[[PackedBatch], Tensor]
+LiveReference = Callable[[PackedBatch, bool], Mapping[str, Any]]
+"""Maps a batch to what ``align.forward.score`` gives under the reference; True asks for its head too."""
 PairSums = Mapping[str, np.ndarray]
 """Per-row sums of an evaluation: ``policy_<leg>``, ``ref_<leg>``, ``length_<leg>`` and ``row``."""
 
@@ -58,6 +62,8 @@ class ObjectiveTrainer(Trainer):
         evaluations: maps per-row sums of held-out rows to metrics, logged under ``eval/``.
         row_name: names a training row for messages.
         recipe_yaml: stored in every checkpoint.
+        numbers: value of each number token, NaN elsewhere, for objectives that read them.
+        anchor: the initial weights, for regularizers; None for none.
     """
 
     def __init__(
@@ -74,6 +80,8 @@ class ObjectiveTrainer(Trainer):
         evaluations: Callable[[PairSums, int], dict[str, float]] | None = None,
         row_name: Callable[[int], str] = str,
         recipe_yaml: str = "",
+        numbers: Tensor | None = None,
+        anchor: InitialWeights | None = None,
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
@@ -86,6 +94,10 @@ class ObjectiveTrainer(Trainer):
         self.weight_state: dict[str, Tensor] = weighting.init_state()
         self._observed: dict[str, Tensor] = {}
         self._row_losses: dict[str, list[Tensor]] = {}
+        self.anchor = anchor
+        self.moving_reference: MovingReference | None = None
+        on_device = None if numbers is None else numbers.to(args.device)
+        self.extras = HeadExtras(names=mixture.needs.extras, numbers=on_device)
         self.meter = Meter()
         self.resumed = False
         self.rows_seen = self.tokens_seen = 0
@@ -100,6 +112,7 @@ class ObjectiveTrainer(Trainer):
             processing_class=processing_class,
             callbacks=[_Bookkeeping(self), *(callbacks or [])],
         )
+        refuse_sharded(self.accelerator.distributed_type.name, anchor.names if anchor is not None else ())
         self.loss_is_scaled_for_ga = True  # counts are of the whole step, so nothing is left to divide by
         self.router_coef = router_weight(causal_lm(model).config.get_text_config())
 
@@ -149,15 +162,38 @@ class ObjectiveTrainer(Trainer):
 
     # ---- loss ----
 
-    def legs(self, batch: PackedBatch, flat: Tensor, reference: Tensor | None) -> LegBatch:
-        """Dense legs of a batch from flat log-probs; cached reference log-probs come with the batch."""
-        legs = {}
+    def legs(self, batch: PackedBatch, scores: Mapping[str, Tensor], reference: Mapping[str, Any] | None) -> LegBatch:
+        """Dense legs of a batch from what the model gave; cached reference log-probs come with the batch."""
+        needs, legs = self.mixture.needs, {}
+        heads = _by_leg(scores["values"], batch, needs.values) if "values" in scores else {}
         for name, place in batch.legs.items():
-            ref = place.ref_logps if reference is None else dense(reference, batch, name)
+            # A reward model has no log-probs: what reads them gets no number.
+            nothing = torch.full(place.mask.shape, torch.nan, device=place.mask.device)
             legs[name] = Leg(
-                logps=dense(flat, batch, name), mask=place.mask, tokens=place.tokens, ref_logps=ref, weight=place.weight
+                logps=dense(scores["logps"], batch, name) if "logps" in scores else nothing,
+                mask=place.mask,
+                tokens=place.tokens,
+                ref_logps=place.ref_logps if reference is None else dense(reference["logps"], batch, name),
+                weight=place.weight,
+                extras={extra: dense(scores[extra], batch, name) for extra in needs.extras},
+                values=heads.get(name, {}),
             )
-        return LegBatch(legs=legs, labels=batch.labels, density_ratio=batch.density_ratio, state=self.objective_state)
+        return LegBatch(
+            legs=legs,
+            labels=batch.labels,
+            density_ratio=batch.density_ratio,
+            scores=batch.scores,
+            state=self.objective_state,
+            step=batch.step,
+            place=batch.place,
+        )
+
+    def scored(self, model: nn.Module, batch: PackedBatch) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
+        """What the model gives for a batch, and what a live reference does; None where it is cached or not needed."""
+        whole = "ref_kl" in self.mixture.needs.extras
+        reference = None if self.live_reference is None else self.live_reference(batch, whole)
+        extras = self.extras if reference is None or not whole else replace(self.extras, reference=reference["head"])
+        return model(packed=batch, extras=extras), reference
 
     def compute_output(
         self, model: nn.Module, batch: PackedBatch, *, weigh: bool = True
@@ -169,9 +205,10 @@ class ObjectiveTrainer(Trainer):
             batch: one microbatch.
             weigh: apply adaptive token weights, as training does and evaluation does not.
         """
-        scores = model(packed=batch)
-        flat = scores["logps"]
-        legs = self.legs(batch, flat, self.live_reference(batch) if self.live_reference is not None else None)
+        scores, reference = self.scored(model, batch)
+        legs = self.legs(batch, scores, reference)
+        if legs.step is None and self.couples:
+            legs = self.as_own_step(legs, weigh=weigh)
         logged: dict[str, Mean] = {}
         if weigh:
             legs, logged = self.weighting.apply(legs, self.weight_state, whole_step=self._step_is_one_batch)
@@ -179,9 +216,52 @@ class ObjectiveTrainer(Trainer):
         output = Output(terms=output.terms, metrics={**output.metrics, **logged})
         if "router" in scores:
             coef = self.router_coef / len(batch.legs)
-            router = Term(total=scores["router"], per="row", coef=coef)
+            router = Term(values=scores["router"], per="row", coef=coef)
             output = Output(terms={**output.terms, "router": router}, metrics=output.metrics)
-        return output, legs, 0.0 * flat.sum()
+        return output, legs, 0.0 * scores["values" if "values" in scores else "logps"].sum()
+
+    # ---- what couples the rows of a step ----
+
+    @property
+    def couples(self) -> bool:
+        """Whether a loss depends on the other rows of its step, so that a pass over the step goes before it."""
+        return self.mixture.coupled or self.weighting.coupled
+
+    def step_pass(self, legs: LegBatch, *, weigh: bool) -> dict[str, Tensor]:
+        """What has to be known of every row of the step."""
+        with torch.no_grad():
+            found = self.mixture.step_pass(legs)
+            return found | self.weighting.step_pass(legs) if weigh else found
+
+    def as_own_step(self, legs: LegBatch, *, weigh: bool) -> LegBatch:
+        """A batch that is a step of its own, as in the checks before the first."""
+        step = self.step_pass(legs, weigh=weigh)
+        return replace(legs, step=step, place=torch.arange(legs.rows, device=legs[next(iter(legs))].mask.device))
+
+    def with_whole_step(self, batches: Sequence[PackedBatch], *, weigh: bool) -> list[PackedBatch]:
+        """The microbatches of one step, each with what a pass without gradient finds of all its rows, on all ranks."""
+        found: list[dict[str, Tensor]] = []
+        with self.scoring():
+            for batch in batches:
+                moved = batch.to(self.args.device)
+                found.append(self.step_pass(self.legs(moved, *self.scored(self.wrapped, moved)), weigh=weigh))
+        sizes = [len(batch.rows) for batch in batches]
+        mine = torch.tensor([float(sum(sizes))], device=self.args.device)
+        first = int(self.concatenate_over_ranks(mine)[: self.args.process_index].sum())
+        step = {name: self.concatenate_over_ranks(torch.cat([part[name] for part in found])) for name in found[0]}
+        placed = []
+        for batch, size in zip(batches, sizes, strict=True):
+            placed.append(replace(batch, step=step, place=torch.arange(first, first + size)))
+            first += size
+        return placed
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The microbatches of the next step, which is where all of them are seen at once."""
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        # One microbatch that is the whole step finds what it needs in its own forward.
+        if batches and self.couples and not self._step_is_one_batch:
+            batches = self.with_whole_step(batches, weigh=True)
+        return batches, count
 
     @property
     def _step_is_one_batch(self) -> bool:
@@ -210,12 +290,13 @@ class ObjectiveTrainer(Trainer):
         """Before the optimizer moves: refuses a loss that is not a number. Asks the device once per step."""
         if not self.args.max_grad_norm:  # else it was asked before clipping
             self._refuse_bad_loss()
+            self._add_penalties()
         self._step_losses = []
         observed = {name: self.sum_over_ranks(value) for name, value in self._observed.items()}
         if observed:
             self.objective_state = self.mixture.update(self.objective_state, observed)
         self._observed = {}
-        if self._row_losses:
+        if self.weighting.parts:
             losses = {name: self.concatenate_over_ranks(torch.cat(values)) for name, values in self._row_losses.items()}
             self.weight_state = self.weighting.update(self.weight_state, losses)
         self._row_losses = {}
@@ -233,8 +314,12 @@ class ObjectiveTrainer(Trainer):
     def name_bad_rows(self, batch: PackedBatch, loss: float) -> str:
         """What to say of a loss that is not a number: which rows it comes from."""
         with torch.no_grad(), self.compute_loss_context_manager():
-            flat = self.unwrapped(packed=batch)["logps"]  # the other ranks do not take part
-        finite = torch.stack([dense(flat, batch, name).isfinite().all(-1) for name in batch.legs]).all(0)
+            scores = self.unwrapped(packed=batch)  # the other ranks do not take part
+        if "values" in scores:
+            finite = scores["values"].isfinite().all(-1).reshape(len(batch.legs), -1).all(0)
+        else:
+            flat = scores["logps"]
+            finite = torch.stack([dense(flat, batch, name).isfinite().all(-1) for name in batch.legs]).all(0)
         rows = batch.rows[~finite] if not bool(finite.all()) else batch.rows
         names = "; ".join(self.row_name(int(row)) for row in rows[:5]) or "a batch without rows"
         step = self.state.global_step + 1
@@ -243,8 +328,18 @@ class ObjectiveTrainer(Trainer):
             "these rows, or resume from the last checkpoint"
         )
 
+    def _add_penalties(self) -> None:
+        """Adds the regularizers to the step's loss and gradient."""
+        if self.anchor is None or not self.anchor.penalties:
+            return
+        for name, value in self.anchor.add_gradients(self.unwrapped).items():
+            share = value.to(self.args.device) / self.args.world_size  # every rank computes all of it
+            self.meter.add_mean("loss", share, 0.0)
+            self.meter.add_mean(f"loss/{name}", share, 1 / self.args.world_size)
+
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         self._refuse_bad_loss()  # which knows the rows; a gradient is of all of them
+        self._add_penalties()
         norm = super()._clip_grad_norm(model)
         if norm is not None and not bool(torch.as_tensor(norm).isfinite()):
             rows = [int(row) for batch, _ in self._step_losses for row in batch.rows]
@@ -294,10 +389,10 @@ class ObjectiveTrainer(Trainer):
         finally:
             model.train(was_training)
 
-    def score(self, batch: PackedBatch) -> Tensor:
-        """Log-probs of a batch under the policy, without gradient."""
+    def score(self, batch: PackedBatch, keep_head: bool = False) -> Mapping[str, Any]:
+        """What the policy gives for a batch, without gradient."""
         with self.scoring():
-            return self.wrapped(packed=batch.to(self.args.device))["logps"]
+            return self.wrapped(packed=batch.to(self.args.device), keep_head=keep_head)
 
     def evaluate(  # type: ignore[override]
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -305,9 +400,12 @@ class ObjectiveTrainer(Trainer):
         """Loss and per-pair metrics of the held-out rows; logs them."""
         assert self.eval_batches is not None
         meter, sums = Meter(), []
+        batches: Iterable[PackedBatch] = (self.eval_batches[number] for number in range(len(self.eval_batches)))
+        if self.mixture.coupled:
+            batches = self.with_whole_step(list(batches), weigh=False)
         with self.scoring():
-            for number in range(len(self.eval_batches)):
-                batch = self.eval_batches[number].to(self.args.device)
+            for each in batches:
+                batch = each.to(self.args.device)
                 output, legs, _ = self.compute_output(self.wrapped, batch, weigh=False)
                 meter.add(output, legs.counts())
                 meter.add_mean("loss", output.loss(batch.counts) * len(self.eval_batches) * self.args.world_size, 1.0)
@@ -347,6 +445,8 @@ class ObjectiveTrainer(Trainer):
             self.meter.load_state_dict(stored["meter"], first_rank=self.args.process_index == 0)
             self.objective_state = _from_json(stored["objective_state"])
             self.weight_state = _from_json(stored["weight_state"])
+            if self.moving_reference is not None:
+                self.moving_reference.load(Path(checkpoint))
         self.objective_state = {name: value.to(self.args.device) for name, value in self.objective_state.items()}
         self.weight_state = {name: value.to(self.args.device) for name, value in self.weight_state.items()}
         return result
@@ -390,6 +490,8 @@ class ObjectiveTrainer(Trainer):
             (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle of settings the recipe holds anyway
             (partial / STATE).write_text(json.dumps(self._state_to_json() | {"meter": meter}))
             (partial / RECIPE).write_text(self.recipe_yaml)
+            if self.moving_reference is not None:
+                self.moving_reference.save(partial)
             write_manifest(partial)
             publish(partial, run_dir / name)
             partial.parent.rmdir()
@@ -401,6 +503,14 @@ class ObjectiveTrainer(Trainer):
             "weight_state": _to_json(self.weight_state),
             "rows": self.batches.table.fingerprint(),
         }
+
+
+def _by_leg(values: Tensor, batch: PackedBatch, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """Outputs of a scalar head by leg and name, (row,) each."""
+    if not len(batch.rows):
+        return {leg: {name: values.new_zeros(0) for name in names} for leg in batch.legs}
+    by_leg = values.reshape(len(batch.legs), len(batch.rows), -1)
+    return {leg: {name: by_leg[i, :, k] for k, name in enumerate(names)} for i, leg in enumerate(batch.legs)}
 
 
 def _to_json(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -446,7 +556,10 @@ class _Bookkeeping(TrainerCallback):
         trainer.batches.set_epoch(state.global_step // trainer.batches.plan.steps_per_epoch)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Logs the last step, whatever ``logging_steps`` is: a short run has numbers too."""
+        """Moves the reference; logs the last step, whatever ``logging_steps`` is: a short run has numbers too."""
+        moving = self.trainer.moving_reference
+        if moving is not None:
+            moving.after_step(state.global_step, self.trainer.unwrapped)
         if state.global_step >= state.max_steps:
             control.should_log = True
 

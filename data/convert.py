@@ -266,10 +266,15 @@ def _listed(raw: Mapping[str, Any]) -> list[tuple[Text, float]]:
 
 
 def _scores(raw: Mapping[str, Any]) -> dict[str, float]:
-    """Scores by leg, from ``score_chosen`` or ``chosen_score`` and the like."""
-    found = {}
+    """Scores by leg, from ``score_chosen`` or ``chosen_score`` and the like.
+
+    A ``margin`` alone, by which chosen is better, is a score of that much against 0.
+    """
+    found: dict[str, float] = {}
     for leg in ("chosen", "rejected", "gold"):
         for column in (f"score_{leg}", f"{leg}_score"):
             if raw.get(column) not in (None, ""):  # CSV has no other way to leave a score out
                 found[leg] = number_in(raw[column], column)
+    if not found and raw.get("margin") not in (None, ""):
+        return {"chosen": number_in(raw["margin"], "margin"), "rejected": 0.0}
     return found

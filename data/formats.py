@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data.cells import RowError
+from data.cells import RowError, number_in
 from data.convert import (
     ASSISTANT,
     Draft,
@@ -58,7 +58,9 @@ class Format:
     to_chat: Callable[[Draft], Draft] = string_to_chat
 
 
-def to_row(raw: Any, form: Format, *, source: str, index: int, as_chat: bool = False) -> Row | RowProblem:
+def to_row(
+    raw: Any, form: Format, *, source: str, index: int, as_chat: bool = False, attributes: Sequence[str] = ()
+) -> Row | RowProblem:
     """Converts one raw row, which is not changed; never raises because of what is in it."""
     try:
         if not isinstance(raw, Mapping):
@@ -66,12 +68,13 @@ def to_row(raw: Any, form: Format, *, source: str, index: int, as_chat: bool = F
         draft = checked(form.read(raw))
         if as_chat:
             draft = checked(form.to_chat(draft))
+        own = {name: number_in(raw[name], name) for name in attributes if raw.get(name) not in (None, "")}
     except RowError as error:
         return RowProblem(source=source, index=index, reason=str(error))
     return Row(
         prompt=draft.prompt,
         responses=draft.responses,
-        scores=draft.scores,
+        scores={**draft.scores, **own},
         label=draft.label,
         candidates=draft.candidates,
         source=source,
@@ -242,6 +245,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "messages": ("conversation", "conversations", "dialogue", "dialog", "chat", "turns"),
     "responses": ("completions", "candidates", "generations", "outputs", "answers"),
     "scores": ("ratings", "rewards"),
+    "margin": (),
     **{name: () for leg in ("chosen", "rejected", "gold") for name in (f"score_{leg}", f"{leg}_score")},
 }
 """Our columns, and what others call them."""

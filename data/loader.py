@@ -46,29 +46,44 @@ class PlannedBatches(Dataset[PackedBatch]):
 
     def counts(self, rows: np.ndarray) -> Counts:
         """What a step made of these rows holds."""
-        return step_counts(self.table, rows, self.known.kept)
+        return step_counts(self.table, rows, self.known)
 
     def loader(self, workers: int = 0) -> DataLoader[PackedBatch]:
         """One microbatch at a time, in order."""
         return DataLoader(self, batch_size=1, collate_fn=lambda items: items[0], num_workers=workers)
 
 
-def step_counts(table: TokenTable, rows: np.ndarray, kept: PerToken | None = None) -> Counts:
+def step_counts(table: TokenTable, rows: np.ndarray, known: Known = NOTHING) -> Counts:
     """What a step made of these rows holds, by unit.
 
     Args:
         table: token ids.
         rows: row numbers.
-        kept: which tokens likelihood terms learn from, for legs on which a mask acts.
+        known: which tokens likelihood terms learn from, and how many number tokens rows have.
     """
-    chosen = np.asarray(rows, dtype=np.int64)
+    chosen, kept = np.asarray(rows, dtype=np.int64), known.kept
     tokens = {}
     for name, leg in table.legs.items():
         if kept is not None and name in kept:
             tokens[f"{name}.token"] = float(sum(int(kept[name][int(row)].sum()) for row in chosen))
         else:
             tokens[f"{name}.token"] = float(leg.lengths()[chosen].sum())
-    return {"row": float(len(chosen)), **tokens}
+    numbers = {f"{name}.number": float(counts[chosen].sum()) for name, counts in (known.numbers or {}).items()}
+    return {"row": float(len(chosen)), **tokens, **numbers}
+
+
+def number_counts(table: TokenTable, values: np.ndarray) -> dict[str, np.ndarray]:
+    """How many tokens of each response are numbers, by leg.
+
+    Args:
+        table: token ids.
+        values: by token id, the value of a number token, else NaN.
+    """
+    counts: dict[str, np.ndarray] = {}
+    for name, leg in table.legs.items():
+        running = np.concatenate([[0], np.isfinite(values[leg.values]).cumsum()])
+        counts[name] = running[leg.offsets[1:]] - running[leg.offsets[:-1]]
+    return counts
 
 
 def kept_tokens(table: TokenTable, weighting: Weighting) -> PerToken | None:

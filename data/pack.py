@@ -15,7 +15,7 @@ causal model can compute through its own forward.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ class PackedLeg:
     """Index into the flat response tokens; 0 where ``mask`` is False."""
     mask: Bool[Tensor, "row token"]
     tokens: Int[Tensor, "row token"]
+    last: Int[Tensor, " row"]
+    """Flat position (line-major) of each response's last token."""
     ref_logps: Float[Tensor, "row token"] | None = None
     weight: Float[Tensor, "row token"] | None = None
     """1 for tokens that likelihood terms learn from, 0 for those a token mask drops; None where none acts."""
@@ -67,6 +69,12 @@ class PackedBatch:
     """Whether each row is desirable, where the data has labels."""
     density_ratio: Float[Tensor, " row"] | None = None
     """p(prompt | desirable) / p(prompt | undesirable), where an objective asked for it."""
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
+    """Scores by leg or attribute, (row,) each, NaN where a row has none."""
+    step: Mapping[str, Tensor] | None = None
+    """What a pass over the whole step found of all its rows; see ``objectives.needs.Coupled``."""
+    place: Int[Tensor, " row"] | None = None
+    """Where in ``step`` each row stands."""
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on another device."""
@@ -102,6 +110,8 @@ class Known:
     """1 for tokens that likelihood terms learn from, else 0; only legs on which a mask acts."""
     density_ratio: np.ndarray | None = None
     """One per row."""
+    numbers: Mapping[str, np.ndarray] | None = None
+    """Number tokens of each row's response, by leg; where an objective averages over them."""
 
 
 NOTHING = Known()
@@ -165,6 +175,7 @@ def pack(
         density_ratio=None
         if known.density_ratio is None
         else torch.from_numpy(known.density_ratio[numbers].astype(np.float32)),
+        scores={name: torch.from_numpy(np.asarray(values)[numbers]) for name, values in table.scores.items()},
     )
 
 
@@ -209,6 +220,7 @@ def _index(
         shape = (len(rows), max(lengths, default=1))
         slot, tokens = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         mask = np.zeros(shape, dtype=bool)
+        lasts: list[int] = []
         ref = None if known.references is None else np.zeros(shape, dtype=np.float32)
         kept = None if known.kept is None or name not in known.kept else np.zeros(shape, dtype=np.float32)
         for i, row in enumerate(rows):
@@ -223,11 +235,13 @@ def _index(
                 ref[i, :n] = known.references[name][row]
             if kept is not None and known.kept is not None:
                 kept[i, :n] = known.kept[name][row]
+            lasts.append(line * width + start + n - 1)
             flat += n
         legs[name] = PackedLeg(
             slot=torch.from_numpy(slot),
             mask=torch.from_numpy(mask),
             tokens=torch.from_numpy(tokens),
+            last=torch.tensor(lasts, dtype=torch.long),
             ref_logps=None if ref is None else torch.from_numpy(ref),
             weight=None if kept is None else torch.from_numpy(kept),
         )

@@ -56,6 +56,8 @@ class DataSpec:
     max_rows: int | None = None
     labels: bool = False
     """Whether each row needs a label."""
+    scores: tuple[str, ...] = ()
+    """Scores each row needs: of legs, or attributes of the completion."""
     rule: Rule = field(default_factory=Rule)
     """How scored responses become pairs."""
     relabel: tuple[Relabeler, ...] = ()
@@ -124,7 +126,9 @@ def read_sources(spec: DataSpec) -> Gathered:
     problems: list[RowProblem] = []
 
     def arranged(each: LoadedRows) -> LoadedRows:
-        rows, left_out = arrange(each.rows, legs=legs, labels=spec.labels, rule=spec.rule, seed=spec.seed)
+        rows, left_out = arrange(
+            each.rows, legs=legs, labels=spec.labels, rule=spec.rule, seed=spec.seed, scores=spec.scores
+        )
         problems.extend(left_out)
         return dataclasses.replace(each, rows=rows)
 
@@ -163,7 +167,9 @@ def read_sources(spec: DataSpec) -> Gathered:
             "rows_read": before,
             "rows_arranged": count,
             "rows_relabelled": after,
-            "rule": spec.rule.name if _any_scored([*loaded, *evaluated]) and rule_matters(legs) else None,
+            "rule": spec.rule.name
+            if _any_scored([*loaded, *evaluated]) and rule_matters(legs, labels=spec.labels)
+            else None,
         },
         kept_share=math.prod(1 - missing / max(total, 1) for missing, total in lost),
     )
@@ -205,9 +211,10 @@ def _refuse_idle_rule(spec: DataSpec, loaded: Sequence[LoadedRows], legs: Sequen
             f"{names}: data.rule, data.threshold and data.margin say how scored responses become pairs, and the rows "
             "have none; leave them out"
         )
-    if not rule_matters(legs):
+    if not rule_matters(legs, labels=spec.labels):
+        which = "every one" if list(legs) == [COMPLETION] else "the best"
         raise DataError(
-            f"data.rule {spec.rule.name} has no effect: the objective takes the best of the scored responses "
+            f"data.rule {spec.rule.name} has no effect: the objective takes {which} of the scored responses "
             f"({' and '.join(legs)}); leave out data.rule, data.threshold and data.margin"
         )
     if spec.rule.name == "threshold" and spec.rule.margin and set(legs) <= {COMPLETION, MISMATCHED}:
@@ -240,7 +247,7 @@ def _relabelled(rows: Sequence[Row], spec: DataSpec) -> tuple[list[Row], list[Ro
             except ValueError as error:
                 raise DataError(str(error)) from error
         current = new
-    require(current, [leg for leg in spec.legs if leg != MISMATCHED], labels=spec.labels)
+    require(current, [leg for leg in spec.legs if leg != MISMATCHED], labels=spec.labels, scores=spec.scores)
     return current, problems
 
 
@@ -267,7 +274,7 @@ def prepare(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     rows = read_sources(spec)
     key = digest(
         FORMAT,
-        [dataclasses.astuple(spec.policy), spec.legs, spec.labels, tokenizer_fingerprint(tokenizer)],
+        [dataclasses.astuple(spec.policy), spec.legs, spec.labels, spec.scores, tokenizer_fingerprint(tokenizer)],
         [dict(rows.shaped), rows.kept_share, [each.format for each in rows.loaded]],
         [[each.source, each.index, each.reason] for each in _problems(rows)],
         [len(rows.train), len(rows.held)],
@@ -316,7 +323,9 @@ def _prepare_into(folder: Path, spec: DataSpec, tokenizer: PreTrainedTokenizerBa
     labels: Counter[str] = Counter()
     tables: dict[str, TokenTable] = {}
     for name, text_rows in (("train", rows.train), ("eval", rows.held)):
-        token_rows, lost_here, stats_here = tokenize_rows(text_rows, tokenizer, spec.policy, spec.legs)
+        token_rows, lost_here, stats_here = tokenize_rows(
+            text_rows, tokenizer, spec.policy, spec.legs, scores=spec.scores
+        )
         dropped += lost_here
         lost += len(lost_here)
         _add(stats, stats_here)

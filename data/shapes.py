@@ -21,6 +21,12 @@ from objectives.rows import Candidate, Row, Text
 
 RULES = ("best_vs_worst", "best_vs_random", "threshold", "margin")
 COMPLETION, MISMATCHED, PAIR = "completion", "mismatched", frozenset({"chosen", "rejected"})
+SCORE = "score"
+"""Name of a completion's one score, where it has no attributes."""
+
+
+WELL_KNOWN = ("dpo", "ipo", "simpo", "orpo", "rpo", "tpo", "kto", "bco", "sft")
+"""What a message offers first of the many objectives that would work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,14 +111,18 @@ class RowsKind:
     legs: frozenset[str]
     labelled: bool = False
     scored: bool = False
+    scores: frozenset[str] = frozenset()
 
     @staticmethod
     def of(row: Row) -> RowsKind:
         """The kind of one row."""
-        return RowsKind(frozenset(row.responses), row.label is not None, bool(row.candidates))
+        return RowsKind(frozenset(row.responses), row.label is not None, bool(row.candidates), frozenset(row.scores))
 
-    def missing(self, wanted: Iterable[str], *, labels: bool) -> list[str]:
-        """Which of the wanted legs, or ``label``, such rows can't give, conversions included."""
+    def missing(self, wanted: Iterable[str], *, labels: bool, scores: Iterable[str] = ()) -> list[str]:
+        """Which of the wanted legs, scores (``score_chosen``), or ``label`` such rows can't give, conversions included.
+
+        Attributes of a completion are not looked for here: a row may lack some.
+        """
         pairs = self.scored or self.legs >= PAIR
         offered = self.legs | ({"chosen", "rejected", "gold"} if self.scored else set())
         offered = offered | ({COMPLETION} if pairs else set()) | {MISMATCHED}
@@ -120,7 +130,10 @@ class RowsKind:
         if labels and not (self.labelled or pairs):
             # A completion without a label is read as the gold response: what such rows lack is the label alone.
             lacking = [*(leg for leg in lacking if leg != COMPLETION), "label"]
-        return lacking
+        elif COMPLETION in lacking and self.legs >= {"gold"} and not labels:
+            lacking.remove(COMPLETION)  # a completion without a label is read as the gold response
+        have = self.scores | (PAIR if self.scored else frozenset())
+        return lacking + [f"score_{name}" for name in scores if name in (*PAIR, "gold") and name not in have]
 
     def __str__(self) -> str:
         """The columns such rows have."""
@@ -138,21 +151,21 @@ def objectives_for(kinds: Iterable[RowsKind]) -> list[str]:
     for name in OBJECTIVES.names():
         cls: Any = OBJECTIVES[name]
         needs = (cls.example() if hasattr(cls, "example") else cls()).needs
-        if not any(kind.missing(needs.legs, labels=needs.labels) for kind in kinds):
+        if not any(kind.missing(needs.legs, labels=needs.labels, scores=needs.scores) for kind in kinds):
             names.append(name)
     return names
 
 
 def arrange(
-    rows: Sequence[Row], *, legs: Sequence[str], labels: bool, rule: Rule, seed: int
+    rows: Sequence[Row], *, legs: Sequence[str], labels: bool, rule: Rule, seed: int, scores: Sequence[str] = ()
 ) -> tuple[list[Row], list[RowProblem]]:
     """Gives every row the legs that an objective needs, and a label where it needs one.
 
     Scored lists become pairs by the rule. Where gold is wanted besides, it is the row's own gold response, or else the
     single best, and the pair is made of the rest. Gold or chosen wanted alone are the best. Where a completion is
     wanted, a pair becomes two rows, chosen with label true and rejected with label false; of a scored list, rule
-    threshold labels every response. What is random depends on ``seed`` and the row's source and number, not on its
-    place among the rows.
+    threshold labels every response, and without labels every response is one. What is random depends on ``seed`` and
+    the row's source and number, not on its place among the rows.
 
     Args:
         rows: as loaded; they are not changed.
@@ -160,46 +173,76 @@ def arrange(
         labels: whether rows need a label.
         rule: how scored responses become pairs.
         seed: of what is random.
+        scores: those needed: of a leg, in every row, or attributes of a completion, at least one in a row.
     Returns:
         The rows, in order, and those that the rule leaves out.
     Raises:
         DataError: rows lack something that no conversion gives, or all scores of a dataset are equal.
     """
     wanted = [leg for leg in legs if leg != MISMATCHED]
-    require(rows, wanted, labels=labels)
-    if not _takes_best(wanted) and not _labels_all(wanted, rule):
+    require(rows, wanted, labels=labels, scores=scores)
+    every = _takes_every(wanted, rule, labels=labels)
+    if not _takes_best(wanted) and not every:
         _refuse_equal_scores(rows)
     arranged: list[Row] = []
     problems: list[RowProblem] = []
     for row in rows:
-        made = _from_scores(row, wanted, rule, seed) if row.candidates else [row]
+        if not row.candidates:
+            made = [row]
+        elif every:
+            made = [
+                _made(row, {COMPLETION: each}, label=rule.is_good(each) if labels else None) for each in row.candidates
+            ]
+        else:
+            made = _from_scores(row, wanted, rule, seed)
         if isinstance(made, str):
             problems.append(RowProblem(source=row.source, index=row.index, reason=made))
         elif COMPLETION in wanted:
             arranged += [half for each in made for half in _halves(each, wanted)]
         else:
             arranged += made
-    return arranged, problems
+    return _with_attributes(arranged, scores, problems), problems
 
 
-def rule_matters(legs: Sequence[str]) -> bool:
+def _with_attributes(rows: list[Row], scores: Sequence[str], problems: list[RowProblem]) -> list[Row]:
+    """The rows that have a score for some attribute, of those that are wanted; every attribute must be somewhere."""
+    attributes = [name for name in scores if name not in (*PAIR, "gold")]
+    if not attributes or not rows:
+        return rows
+    for name in attributes:
+        if not any(name in row.scores for row in rows):
+            has = ", ".join(sorted({key for row in rows for key in row.scores})) or "none"
+            raise DataError(
+                f"{rows[0].source}: the objective learns the attribute {name!r}, and no row has a score of it (scores "
+                f"there: {has}); add a column {name}, map one with data.columns, or change the objective's attributes"
+            )
+    kept: list[Row] = []
+    for row in rows:
+        if any(name in row.scores for name in attributes):
+            kept.append(row)
+        else:
+            problems.append(RowProblem(source=row.source, index=row.index, reason="no score of any attribute"))
+    return kept
+
+
+def rule_matters(legs: Sequence[str], *, labels: bool) -> bool:
     """Whether the rule has a say in what these legs are made of."""
-    return not _takes_best([leg for leg in legs if leg != MISMATCHED])
+    wanted = [leg for leg in legs if leg != MISMATCHED]
+    return not _takes_best(wanted) and (labels or wanted != [COMPLETION])
 
 
 def _takes_best(wanted: Sequence[str]) -> bool:
     return list(wanted) in (["gold"], ["chosen"])
 
 
-def _labels_all(wanted: Sequence[str], rule: Rule) -> bool:
-    return rule.name == "threshold" and list(wanted) == [COMPLETION]
+def _takes_every(wanted: Sequence[str], rule: Rule, *, labels: bool) -> bool:
+    """Whether each response becomes a row of its own."""
+    return list(wanted) == [COMPLETION] and (rule.name == "threshold" or not labels)
 
 
 def _from_scores(row: Row, wanted: Sequence[str], rule: Rule, seed: int) -> list[Row] | str:
     ranked = row.candidates
     gold = row.responses.get("gold")
-    if _labels_all(wanted, rule):
-        return [_made(row, {COMPLETION: each}, label=rule.is_good(each)) for each in ranked]
     if _takes_best(wanted):
         return [_made(row, {} if wanted[0] in row.responses else {wanted[0]: ranked[0]})]
     best: dict[str, Candidate] = {}
@@ -220,7 +263,7 @@ def _made(row: Row, legs: Mapping[str, Candidate], label: bool | None = None) ->
     return replace(
         row,
         responses={**{leg: each.text for leg, each in legs.items()}, **row.responses},
-        scores={**{leg: each.score for leg, each in legs.items()}, **row.scores},
+        scores={**{SCORE if leg == COMPLETION else leg: each.score for leg, each in legs.items()}, **row.scores},
         label=label,
         candidates=(),
     )
@@ -230,12 +273,14 @@ def _halves(row: Row, wanted: Sequence[str]) -> list[Row]:
     """A pair as two labelled completions, each with the other legs that are wanted; other rows as they are."""
     if COMPLETION in row.responses:
         return [row]
+    if not row.responses.keys() >= PAIR:  # prompt and completion without a label, which is read as the gold response
+        return [replace(row, responses={**row.responses, COMPLETION: row.responses["gold"]})]
     kept = {leg: text for leg, text in row.responses.items() if leg in wanted}
     return [
         replace(
             row,
             responses={COMPLETION: row.responses[leg], **kept},
-            scores={**({COMPLETION: row.scores[leg]} if leg in row.scores else {}), **_only(row.scores, kept)},
+            scores={**({SCORE: row.scores[leg]} if leg in row.scores else {}), **_only(row.scores, kept)},
             label=leg == "chosen",
         )
         for leg in ("chosen", "rejected")
@@ -246,20 +291,22 @@ def _only(scores: Mapping[str, float], legs: Iterable[str]) -> dict[str, float]:
     return {leg: scores[leg] for leg in legs if leg in scores}
 
 
-def require(rows: Sequence[Row], wanted: Sequence[str], *, labels: bool) -> None:
-    """Raises ``DataError`` for the first row that lacks a leg or a label: what is missing, and what would work."""
+def require(rows: Sequence[Row], wanted: Sequence[str], *, labels: bool, scores: Sequence[str] = ()) -> None:
+    """Raises ``DataError`` for the first row that lacks a leg, score or label: what is missing, what would work."""
     kinds: dict[str, dict[RowsKind, Row]] = {}
     for row in rows:
         kinds.setdefault(row.source, {}).setdefault(RowsKind.of(row), row)
     for found in kinds.values():
         for kind, row in found.items():
-            if missing := kind.missing(wanted, labels=labels):
+            if missing := kind.missing(wanted, labels=labels, scores=scores):
                 raise DataError(_lacking(row, kind, missing, list(found)))
 
 
 def _lacking(row: Row, kind: RowsKind, missing: Sequence[str], kinds: Sequence[RowsKind]) -> str:
-    legs = [name for name in missing if name != "label"]
+    legs = [name for name in missing if name != "label" and not name.startswith("score_")]
     needs = [f"a {legs[0]} response" if len(legs) == 1 else f"{_listing(legs)} responses"] if legs else []
+    scores = [name.removeprefix("score_") for name in missing if name.startswith("score_")]
+    needs += [f"scores of {_listing(scores)}"] * bool(scores)
     needs += ["a label"] * ("label" in missing)
     who = "the rows have" if len(kinds) == 1 else "this row has"
     columns = _listing(["gold (or reference)" if name == "gold" and len(missing) > 1 else name for name in missing])
@@ -267,13 +314,17 @@ def _lacking(row: Row, kind: RowsKind, missing: Sequence[str], kinds: Sequence[R
         remedy = "set data.format: prompt_completion to train on the completions whatever their label"
     elif missing == ["gold"]:
         remedy = "add a gold or reference column (data.columns maps names)"
+    elif scores and not legs:
+        remedy = f"add {_listing([f'score_{name}' for name in scores])} columns, or a margin (data.columns maps names)"
     elif missing == ["label"]:
         remedy = "add a label column with true and false (data.columns maps names)"
     else:
         many = len(missing) > 1
         remedy = f"add {'' if many else 'a '}{columns} column{'s' * many} (data.columns maps names)"
     names = objectives_for(kinds)
-    other = f", or use an objective that works with this data: {', '.join(names)}" if names else ""
+    first = [name for name in WELL_KNOWN if name in names] or names
+    more = f", and {len(names) - len(first)} more (python -m objectives)" if len(names) > len(first) else ""
+    other = f", or use an objective that works with this data: {', '.join(first)}{more}" if names else ""
     return f"{row.where}: the objective needs {_listing(needs)} and {who} {kind}; {remedy}{other}"
 
 

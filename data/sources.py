@@ -39,6 +39,8 @@ class Source:
     """Turn plain strings and HH transcripts into messages."""
     streaming: bool = False
     """Read only the first rows, without downloading the rest, and keep them in the cache. Takes a row limit."""
+    attributes: tuple[str, ...] = ()
+    """Columns with scores of a completion that an objective learns, e.g. helpfulness."""
 
     def __post_init__(self) -> None:
         if not self.dataset_name.strip():
@@ -50,10 +52,11 @@ class Source:
                 f"(known: auto, {', '.join(FORMATS)})"
             )
         for ours in self.columns:
-            if ours not in COLUMNS:
+            known = [*COLUMNS, *self.attributes]
+            if ours not in known:
                 raise DataError(
-                    f"data.columns: {ours!r} is no column of ours{did_you_mean(ours, list(COLUMNS))} "
-                    f"(known: {', '.join(COLUMNS)}); write {{ours: theirs}}"
+                    f"data.columns: {ours!r} is no column of ours{did_you_mean(ours, known)} "
+                    f"(known: {', '.join(known)}); write {{ours: theirs}}"
                 )
 
 
@@ -91,7 +94,9 @@ def load_rows(source: Source, *, limit: int | None = None) -> LoadedRows:
     rows: list[Row] = []
     problems: list[RowProblem] = []
     for index, raw in enumerate(_renamed(raw, source.columns) for raw in chain(head, raws)):
-        result = to_row(raw, form, source=source.dataset_name, index=index, as_chat=source.as_chat)
+        result = to_row(
+            raw, form, source=source.dataset_name, index=index, as_chat=source.as_chat, attributes=source.attributes
+        )
         (rows if isinstance(result, Row) else problems).append(result)  # type: ignore[arg-type]
     if not rows:
         raise DataError(

@@ -6,11 +6,12 @@ Rows live as flat arrays that are memory-mapped, so that eight ranks of a node s
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import xxhash
 
 from data.tokens import TokenRow
 
-FORMAT = 2
+FORMAT = 3
 """Raise when the meaning of stored arrays changes; older caches are then not found."""
 
 
@@ -70,6 +71,8 @@ class TokenTable:
     legs: Mapping[str, Ragged]
     labels: np.ndarray | None = None
     """Whether each row's completion is desirable (bool), where all rows say so."""
+    scores: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Scores by leg or attribute, float32, NaN where a row has none; those that were asked for."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -83,6 +86,10 @@ class TokenTable:
             Ragged.of([row.prompt for row in rows]),
             {leg: Ragged.of([row.legs[leg] for row in rows]) for leg in legs},
             np.array(labels, dtype=bool) if labels else None,
+            {
+                name: np.array([row.scores.get(name, math.nan) for row in rows], dtype=np.float32)
+                for name in dict.fromkeys(name for row in rows for name in row.scores)
+            },
         )
 
     def shared_lengths(self) -> np.ndarray:
@@ -101,10 +108,11 @@ class TokenTable:
             return Ragged.of([ragged[int(row)].tolist() for row in rows])
 
         labels = None if self.labels is None else np.asarray(self.labels)[rows]
-        return TokenTable(pick(self.prompts), {name: pick(leg) for name, leg in self.legs.items()}, labels)
+        scores = {name: np.asarray(values)[rows] for name, values in self.scores.items()}
+        return TokenTable(pick(self.prompts), {name: pick(leg) for name, leg in self.legs.items()}, labels, scores)
 
     def fingerprint(self) -> str:
-        """Content hash of all token ids, boundaries and labels."""
+        """Content hash of all token ids, boundaries, scores and labels."""
         return digest(*(part for name, ragged in self._arrays() for part in (name, ragged.tobytes())))
 
     def leg_fingerprint(self, leg: str) -> str:
@@ -116,6 +124,7 @@ class TokenTable:
         arrays = [("prompt.values", self.prompts.values), ("prompt.offsets", self.prompts.offsets)]
         for name, leg in sorted(self.legs.items()):
             arrays += [(f"leg.{name}.values", leg.values), (f"leg.{name}.offsets", leg.offsets)]
+        arrays += [(f"score.{name}", values) for name, values in sorted(self.scores.items())]
         return arrays if self.labels is None else [*arrays, ("labels", self.labels)]
 
     def save(self, folder: Path) -> None:
@@ -136,6 +145,7 @@ class TokenTable:
             ragged("prompt"),
             {leg: ragged(f"leg.{leg}") for leg in legs},
             np.load(labels, mmap_mode="r") if labels.is_file() else None,
+            {path.name[6:-4]: np.load(path, mmap_mode="r") for path in sorted(folder.glob("score.*.npy"))},
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from data.chat import Rendered, render
@@ -35,6 +35,8 @@ class TokenRow:
     index: int
     label: bool | None = None
     """Whether the completion is desirable; None where the data has no labels."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Scores that were asked for, by leg or attribute; those the row has."""
     group: str = ""
     """``Row.group``."""
 
@@ -90,7 +92,12 @@ class TokenPolicy:
 
 
 def tokenize_rows(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, policy: TokenPolicy, legs: Sequence[str], batch: int = 1000
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    policy: TokenPolicy,
+    legs: Sequence[str],
+    batch: int = 1000,
+    scores: Sequence[str] = (),
 ) -> tuple[list[TokenRow], list[Dropped], TokenStats]:
     """Tokenises the ``legs`` of every row.
 
@@ -100,6 +107,7 @@ def tokenize_rows(
         policy: length limit and what to do beyond it.
         legs: names of the responses to keep, in order.
         batch: rows tokenised at a time.
+        scores: names of the scores to keep.
     Returns:
         Rows that can be trained on, rows that can't with their reasons, and counts of what was changed.
     Raises:
@@ -119,6 +127,8 @@ def tokenize_rows(
         rendered = [render(row, tokenizer) for row in part]
         for row, text, ids in zip(part, rendered, _encode(rendered, legs, tokenizer), strict=True):
             result = _finish(row, text.chat, ids, tokenizer, policy, stats)
+            if isinstance(result, TokenRow) and scores:
+                result = replace(result, scores={name: row.scores[name] for name in scores if name in row.scores})
             (kept if isinstance(result, TokenRow) else dropped).append(result)  # type: ignore[arg-type]
     return kept, dropped, stats
 

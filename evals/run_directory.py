@@ -95,14 +95,15 @@ def finish(run: Run, output_dir: Path, results: Sequence[Result], command: str, 
     write_report(output_dir)
     recipe = run.recipe
     names = [entry.name for entry in recipe.objectives]
-    parts = [entry.built for entry in (*recipe.objectives, *recipe.token_weights, *recipe.relabel)]
+    sections = (recipe.objectives, recipe.modifiers, recipe.token_weights, recipe.regularizers, recipe.relabel)
+    parts = [entry.built for section in sections for entry in section]
     data = recipe.data
     write_card(
         output_dir,
         info=CardInfo(
             base_model=recipe.model.model_name_or_path,
             datasets=[entry.dataset_name for entry in data.datasets] if data.datasets else [str(data.dataset_name)],
-            objective=" + ".join(names),
+            objective=" + ".join([*names, *(entry.name for entry in recipe.modifiers)]),
             formula="\n".join(formula(type(built)) for built in parts),
             citation=" ".join(source(type(built)) for built in parts),
             usage="\n\n".join(entry.built.usage() for entry in recipe.relabel),

@@ -3,12 +3,35 @@
 ``python -m objectives`` lists them; ``python -m objectives show NAME`` prints one in full.
 """
 
-from objectives import bco, dpo, kto, relabel, rpo, sft, token_weights, tpo
+from objectives import (
+    absolute,
+    bco,
+    beta_dpo,
+    coverage,
+    dpo,
+    kto,
+    links,
+    modifiers,
+    number_tokens,
+    reference_free,
+    regularizers,
+    relabel,
+    reward_aware,
+    rpo,
+    sample_weights,
+    sft,
+    sorting,
+    tdpo,
+    token_weights,
+    tpo,
+)
 from objectives.batch import Leg, LegBatch, masked_sum
 from objectives.mixture import Mixture, mixture
-from objectives.needs import Needs, Objective, Stateful
+from objectives.modifiers import Modified, Modifier, modified
+from objectives.needs import EXTRAS, Coupled, Needs, Objective, PairForm, Stateful, form_of, with_own_step
 from objectives.output import Counts, Mean, Output, Term
 from objectives.registry import (
+    MODIFIERS,
     OBJECTIVES,
     REGULARIZERS,
     RELABELERS,
@@ -16,20 +39,26 @@ from objectives.registry import (
     TOKEN_WEIGHTS,
     Registry,
 )
+from objectives.regularizers import Averaging, Penalty
 from objectives.relabel import LeftOut, Relabeler, RewardAugmented
 from objectives.rows import Candidate, Message, Row, Text
+from objectives.sample_weights import SampleWeight
 from objectives.token_weights import AdaptiveWeight, MaskWeight, TokenWeight
 from objectives.weighting import Weighting, weighting
 
 __all__ = [
+    "EXTRAS",
+    "MODIFIERS",
     "OBJECTIVES",
     "REGULARIZERS",
     "RELABELERS",
     "REWARD_TRANSFORMS",
     "TOKEN_WEIGHTS",
     "AdaptiveWeight",
+    "Averaging",
     "Candidate",
     "Counts",
+    "Coupled",
     "LeftOut",
     "Leg",
     "LegBatch",
@@ -37,27 +66,47 @@ __all__ = [
     "Mean",
     "Message",
     "Mixture",
+    "Modified",
+    "Modifier",
     "Needs",
     "Objective",
     "Output",
+    "PairForm",
+    "Penalty",
     "Registry",
     "Relabeler",
     "RewardAugmented",
     "Row",
+    "SampleWeight",
     "Stateful",
     "Term",
     "Text",
     "TokenWeight",
     "Weighting",
+    "absolute",
     "bco",
+    "beta_dpo",
+    "coverage",
     "dpo",
+    "form_of",
     "kto",
+    "links",
     "masked_sum",
     "mixture",
+    "modified",
+    "modifiers",
+    "number_tokens",
+    "reference_free",
+    "regularizers",
     "relabel",
+    "reward_aware",
     "rpo",
+    "sample_weights",
     "sft",
+    "sorting",
+    "tdpo",
     "token_weights",
     "tpo",
     "weighting",
+    "with_own_step",
 ]

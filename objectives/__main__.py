@@ -10,11 +10,17 @@ import argparse
 import inspect
 import sys
 
-from objectives import OBJECTIVES, RELABELERS, TOKEN_WEIGHTS
+from objectives import MODIFIERS, OBJECTIVES, REGULARIZERS, RELABELERS, TOKEN_WEIGHTS
 from objectives.needs import Needs
 from objectives.registry import Registry, defaults, did_you_mean, field_docs, formula, source
 
-REGISTRIES: dict[str, Registry] = {"objective": OBJECTIVES, "token_weights": TOKEN_WEIGHTS, "relabel": RELABELERS}
+REGISTRIES: dict[str, Registry] = {
+    "objective": OBJECTIVES,
+    "modifiers": MODIFIERS,
+    "token_weights": TOKEN_WEIGHTS,
+    "regularizers": REGULARIZERS,
+    "relabel": RELABELERS,
+}
 """By the section of a recipe that names their entries."""
 
 
@@ -30,6 +36,9 @@ def summary(name: str, section: str = "objective") -> str:
 def shown(needs: Needs) -> str:
     """What an objective needs, in words: ``chosen + rejected, reference``."""
     further = [word for word, needed in (("labels", needs.labels), ("reference", needs.reference)) if needed]
+    further += [f"scores of {' and '.join(needs.scores)}"] * bool(needs.scores)
+    further += [f"{extra} of every token" for extra in needs.extras]
+    further += [f"a scalar head: {', '.join(needs.values)}"] * bool(needs.values)
     return ", ".join([" + ".join(needs.legs), *further])
 
 

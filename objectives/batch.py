@@ -6,7 +6,7 @@ batches were simply padded. What lies outside ``mask`` is never read, NaN includ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -20,6 +20,10 @@ from objectives.output import Counts
 def masked_sum(values: Float[Tensor, "row token"], mask: Bool[Tensor, "row token"]) -> Float[Tensor, " row"]:
     """Sums over tokens where ``mask`` holds; what lies elsewhere, NaN included, has no effect."""
     return torch.where(mask, values, 0.0).sum(dim=-1)  # not values * mask: NaN * 0 is NaN
+
+
+def _nothing() -> Mapping[str, Tensor]:
+    return MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +40,14 @@ class Leg:
     """Log-probabilities under the frozen reference; None unless the objective needs them."""
     weight: Float[Tensor, "row token"] | None = None
     """Weight of each token in likelihood terms, ≥ 0; None means 1 everywhere."""
+    share: Float[Tensor, "row token"] | None = None
+    """How much of each token's log-prob enters sums, in [0, 1] (LD-DPO); None means all. Likelihood terms ignore it."""
+    ref_share: Float[Tensor, "row token"] | None = None
+    """The same for the reference's log-probs."""
+    extras: Mapping[str, Tensor] = field(default_factory=_nothing)
+    """Further numbers per token, (row, token) each; only what was declared in ``Needs(extras=...)``."""
+    values: Mapping[str, Tensor] = field(default_factory=_nothing)
+    """Outputs of a scalar head at the last token, by name, (row,) each; only for reward models."""
 
     def length(self) -> Float[Tensor, " row"]:
         """Response tokens of each row."""
@@ -43,7 +55,7 @@ class Leg:
 
     def sum_logps(self) -> Float[Tensor, " row"]:
         """log π_θ(y|x), summed over tokens, nats."""
-        return masked_sum(self.logps, self.mask)
+        return _shared_sum(self.logps, self.share, self.mask)
 
     def mean_logps(self) -> Float[Tensor, " row"]:
         """log π_θ(y|x) / |y|; 0 for an empty response."""
@@ -53,7 +65,7 @@ class Leg:
         """log π_ref(y|x), summed over tokens, nats, without gradient."""
         if self.ref_logps is None:
             raise ValueError("this leg has no reference log-probs; the objective must declare Needs(reference=True)")
-        return masked_sum(self.ref_logps.detach(), self.mask)
+        return _shared_sum(self.ref_logps.detach(), self.ref_share, self.mask)
 
     def logratio(self) -> Float[Tensor, " row"]:
         """log π_θ(y|x) − log π_ref(y|x), summed over tokens, nats."""
@@ -62,7 +74,7 @@ class Leg:
     def nll(self) -> Float[Tensor, " row"]:
         """−Σ_t weight_t · log π_θ(y_t|x, y_<t), nats: the likelihood terms' sum."""
         if self.weight is None:
-            return -self.sum_logps()
+            return -masked_sum(self.logps, self.mask)
         # A weight of zero also drops tokens whose log-prob is −inf: 0 · inf would be NaN.
         counted = self.counted()
         return -masked_sum(torch.where(counted, self.logps, 0.0) * self.weight, counted)
@@ -75,9 +87,50 @@ class Leg:
         """``nll`` per counted token of the row, nats; 0 where none is counted."""
         return self.nll() / self.counted().sum(dim=-1).to(self.logps.dtype).clamp(min=1)
 
+    def extra(self, name: str) -> Float[Tensor, "row token"]:
+        """A number per token that the objective declared.
 
-def _no_state() -> Mapping[str, Tensor]:
-    return MappingProxyType({})
+        Raises:
+            ValueError: it was not supplied.
+        """
+        if name not in self.extras:
+            raise ValueError(f"this leg has no {name!r}; the objective must declare it in Needs(extras=...)")
+        return self.extras[name]
+
+    def value(self, name: str) -> Float[Tensor, " row"]:
+        """One output of the scalar head.
+
+        Raises:
+            ValueError: the head has no such output.
+        """
+        if name not in self.values:
+            raise ValueError(f"this leg has no value {name!r}; the objective must declare it in Needs(values=...)")
+        return self.values[name]
+
+
+def _shared_sum(
+    logps: Float[Tensor, "row token"], share: Float[Tensor, "row token"] | None, mask: Bool[Tensor, "row token"]
+) -> Float[Tensor, " row"]:
+    if share is None:
+        return masked_sum(logps, mask)
+    # A share of zero also drops tokens whose log-prob is −inf: 0 · inf would be NaN.
+    mask = mask & (share != 0)
+    return masked_sum(torch.where(mask, logps, 0.0) * share, mask)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adjustment:
+    """What modifiers do to the pairs of a batch (see ``objectives.pairs``)."""
+
+    beta: Float[Tensor, " row"] | None = None
+    """Factor of each pair's β, > 0."""
+    margin: Float[Tensor, " row"] | None = None
+    """Added to each pair's margin, in units of reward."""
+    divergence: Callable[[Tensor], Tensor] | None = None
+    """f′ of the divergence that holds policy and reference together, as a function of the log-ratio."""
+
+
+AS_IT_IS = Adjustment()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +142,16 @@ class LegBatch:
     """True for desirable rows; None unless the objective needs labels."""
     density_ratio: Float[Tensor, " row"] | None = None
     """p(prompt | desirable) / p(prompt | undesirable), > 0; None unless the objective needs it."""
-    state: Mapping[str, Tensor] = field(default_factory=_no_state)
+    scores: Mapping[str, Tensor] = field(default_factory=_nothing)
+    """Scores of responses by leg or attribute, (row,) each, NaN where a row has none; only what was declared."""
+    state: Mapping[str, Tensor] = field(default_factory=_nothing)
+    """The objective's state after the step before."""
+    step: Mapping[str, Tensor] | None = None
+    """What ``step_pass`` found of **all** rows of the optimizer step, one number per row; None without such a pass."""
+    place: Int[Tensor, " row"] | None = None
+    """Where in the arrays of ``step`` each row of this batch stands."""
+    adjust: Adjustment = AS_IT_IS
+    """What modifiers do to its pairs."""
 
     def __getitem__(self, name: str) -> Leg:
         if name not in self.legs:
@@ -110,6 +172,26 @@ class LegBatch:
             raise ValueError(f"the rows have no {name} here; the objective must declare it in Needs")
         return values
 
+    def score(self, name: str) -> Float[Tensor, " row"]:
+        """Scores of one leg or attribute, without gradient.
+
+        Raises:
+            ValueError: they were not supplied.
+        """
+        if name not in self.scores:
+            raise ValueError(f"the rows have no score {name!r} here; the objective must declare it in Needs")
+        return self.scores[name].detach()
+
+    def whole_step(self) -> tuple[Mapping[str, Tensor], Int[Tensor, " row"]]:
+        """What is known of all rows of the step, and where this batch's rows stand in it.
+
+        Raises:
+            ValueError: there was no such pass.
+        """
+        if self.step is None or self.place is None:
+            raise ValueError("this objective couples the rows of a step: give it batch.step and batch.place")
+        return self.step, self.place
+
     @property
     def rows(self) -> int:
         """How many rows the batch holds."""
@@ -118,4 +200,9 @@ class LegBatch:
     def counts(self) -> Counts:
         """What this batch holds of each unit a term can be averaged over."""
         tokens = {f"{name}.token": float(leg.counted().sum()) for name, leg in self.legs.items()}
-        return {"row": float(self.rows), **tokens}
+        numbers = {
+            f"{name}.number": float((leg.mask & leg.extras["number_value"].isfinite()).sum())
+            for name, leg in self.legs.items()
+            if "number_value" in leg.extras
+        }
+        return {"row": float(self.rows), **tokens, **numbers}

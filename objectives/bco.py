@@ -94,7 +94,7 @@ class BCO:
             weights = ratio.clamp(self.min_density_ratio, self.max_density_ratio)
             losses = torch.where(desirable, losses, weights * losses)
             metrics["weights/undesirable"] = Mean.of(weights[~desirable])
-        return Output(terms={"preference": Term(total=losses.sum(), per="row")}, metrics=metrics)
+        return Output(terms={"preference": Term(values=losses, per="row")}, metrics=metrics)
 
     def _shift(self, state: Mapping[str, Tensor]) -> Tensor:
         total, count = state["reward_total"], state["reward_count"]

@@ -63,7 +63,7 @@ class KTO:
         losses = torch.where(desirable, self.desirable_weight * losses, self.undesirable_weight * losses)
         metrics = label_metrics(batch, rewards, self.beta * z, self.beta)
         metrics["kl/mismatched"] = Mean.of(batch["mismatched"].logratio())
-        return Output(terms={"preference": Term(total=losses.sum(), per="row")}, metrics=metrics)
+        return Output(terms={"preference": Term(values=losses, per="row")}, metrics=metrics)
 
     def init_state(self) -> dict[str, Tensor]:
         """Policy and reference are the same."""
@@ -78,3 +78,42 @@ class KTO:
         """This step's estimate, at least 0."""
         mean = observed["kl_total"] / observed["kl_count"].clamp(min=1)
         return {"kl": mean.clamp(min=0).to(state["kl"])}
+
+
+@OBJECTIVES.register("apo_zero_unpaired")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class APOZeroUnpaired:
+    """Anchored Preference Optimization, zero, on labelled responses: KTO without its KL estimate.
+
+        loss = w_D·[1 − σ(r)]      for a desirable response,      r = β·logratio(completion)
+        loss = w_U·σ(r)            for an undesirable one
+
+    averaged over all rows; logratio is summed over tokens. At π_θ = π_ref a row costs half its weight.
+
+    References:
+        D'Oosterlinck et al. 2024, arXiv:2408.06266; TRL's KTOTrainer with ``apo_zero_unpaired``.
+    """
+
+    beta: float = 0.1
+    """Inverse temperature, > 0."""
+    desirable_weight: float = 1.0
+    """w_D, > 0."""
+    undesirable_weight: float = 1.0
+    """w_U, > 0."""
+
+    needs: ClassVar[Needs] = Needs(legs=("completion",), reference=True, labels=True)
+
+    def __post_init__(self) -> None:
+        for key in ("beta", "desirable_weight", "undesirable_weight"):
+            require(key, getattr(self, key), 0 < getattr(self, key) < math.inf, "> 0 and finite")
+
+    @property
+    def step0(self) -> float | None:
+        return 0.5 * self.desirable_weight if self.desirable_weight == self.undesirable_weight else None
+
+    def __call__(self, batch: LegBatch) -> Output:
+        desirable = batch.known("labels")
+        rewards = self.beta * batch["completion"].logratio()
+        up, down = self.desirable_weight * torch.sigmoid(-rewards), self.undesirable_weight * torch.sigmoid(rewards)
+        metrics = label_metrics(batch, rewards, rewards.new_zeros(()), self.beta)
+        return Output(terms={"preference": Term(values=torch.where(desirable, up, down), per="row")}, metrics=metrics)

@@ -15,7 +15,7 @@ def preference_metrics(
     batch: LegBatch,
     chosen: Float[Tensor, " row"],
     rejected: Float[Tensor, " row"],
-    scale: float,
+    scale: float | Float[Tensor, " row"],
     *,
     per_token: bool = False,
 ) -> dict[str, Mean]:
@@ -25,7 +25,7 @@ def preference_metrics(
         batch: supplies the policy's log-probs of both legs.
         chosen: rewards of the chosen responses, in the objective's own unit.
         rejected: those of the rejected ones.
-        scale: what a nat is worth in that unit (β).
+        scale: what a nat is worth in that unit (β), for all or for each row.
         per_token: rewards are of mean log-probs rather than of summed ones.
     Returns:
         Rewards, margins, accuracies (a tie counts one half), and summed log-probs of both legs.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from objectives.batch import LegBatch
-from objectives.needs import Needs, Objective, Stateful
+from objectives.batch import Leg, LegBatch
+from objectives.modifiers import Modifier, modified, refuse_contradictions
+from objectives.needs import Coupled, Needs, Objective, Stateful
 from objectives.output import Mean, Output, Term
 
 
@@ -43,6 +44,9 @@ class Mixture:
             labels=any(needs.labels for needs in each),
             density_ratio=next(iter(encoders), None),
             likelihood=tuple(leg for leg in legs if any(leg in needs.likelihood for needs in each)),
+            scores=_union(needs.scores for needs in each),
+            extras=_union(needs.extras for needs in each),
+            values=_union(needs.values for needs in each),
         )
 
     @property
@@ -60,10 +64,13 @@ class Mixture:
         needs = self.parts[name].needs
         prefix = f"{name}/"
         return LegBatch(
-            legs={leg: batch[leg] if needs.reference else replace(batch[leg], ref_logps=None) for leg in needs.legs},
+            legs={leg: _as_declared(batch[leg], needs) for leg in needs.legs},
             labels=batch.labels if needs.labels else None,
             density_ratio=batch.density_ratio if needs.density_ratio is not None else None,
-            state={key.removeprefix(prefix): value for key, value in batch.state.items() if key.startswith(prefix)},
+            scores={key: batch.scores[key] for key in needs.scores if key in batch.scores},
+            state=_under(prefix, batch.state),
+            step=None if batch.step is None else _under(prefix, batch.step),
+            place=batch.place,
         )
 
     def __call__(self, batch: LegBatch) -> Output:
@@ -101,18 +108,63 @@ class Mixture:
         updated: dict[str, Tensor] = {}
         for name, part in self.parts.items():
             if isinstance(part, Stateful):
-                mine = {key.removeprefix(f"{name}/"): state[key] for key in state if key.startswith(f"{name}/")}
-                seen = {key.removeprefix(f"{name}/"): observed[key] for key in observed if key.startswith(f"{name}/")}
-                updated |= {f"{name}/{key}": value for key, value in part.update(mine, seen).items()}
+                changed = part.update(_under(f"{name}/", state), _under(f"{name}/", observed))
+                updated |= {f"{name}/{key}": value for key, value in changed.items()}
         return updated
 
+    @property
+    def coupled(self) -> bool:
+        """Whether a part couples the rows of a step, so that ``step_pass`` has to be made."""
+        return any(isinstance(part, Coupled) for part in self.parts.values())
 
-def mixture(objectives: list[tuple[str, Objective, float]]) -> Mixture:
-    """A mixture of ``(name, objective, weight)``; a name that occurs again gets a number."""
+    def step_pass(self, batch: LegBatch) -> dict[str, Tensor]:
+        """What coupled parts want to know of every row of the step."""
+        return {
+            f"{name}/{key}": value
+            for name, part in self.parts.items()
+            if isinstance(part, Coupled)
+            for key, value in part.step_pass(self.view(name, batch)).items()
+        }
+
+
+def _under(prefix: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+
+
+def _union(names: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for each in names for name in each))
+
+
+def _as_declared(leg: Leg, needs: Needs) -> Leg:
+    return replace(
+        leg,
+        ref_logps=leg.ref_logps if needs.reference else None,
+        extras={key: leg.extras[key] for key in needs.extras if key in leg.extras},
+        values={key: leg.values[key] for key in needs.values if key in leg.values},
+    )
+
+
+def mixture(objectives: list[tuple[str, Objective, float]], modifiers: Sequence[tuple[str, Modifier]] = ()) -> Mixture:
+    """A mixture of ``(name, objective, weight)``; a name that occurs again gets a number.
+
+    Args:
+        objectives: what is added up.
+        modifiers: each acts on every objective it makes sense for.
+    Raises:
+        ValueError: a modifier makes sense for none of them, two contradict each other, or parts don't go together.
+    """
+    refuse_contradictions(modifiers)
     parts: dict[str, Objective] = {}
     weights: dict[str, float] = {}
+    idle: dict[str, list[str]] = {name: [] for name, _ in modifiers}
     for name, objective, weight in objectives:
         same = sum(key == name or key.startswith(f"{name}.") for key in parts)
         unique = name if not same else f"{name}.{same + 1}"
-        parts[unique], weights[unique] = objective, weight
+        parts[unique], refused = modified(name, objective, modifiers)
+        weights[unique] = weight
+        for modifier, reason in refused.items():
+            idle[modifier].append(f"it makes no sense for {name}: {reason}")
+    for modifier, reasons in idle.items():
+        if len(reasons) == len(objectives):
+            raise ValueError(f"{modifier} has nothing to act on: {'; '.join(dict.fromkeys(reasons))}")
     return Mixture(parts=parts, weights=weights)

@@ -22,14 +22,19 @@ Counts = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Term:
-    """One differentiable part of a loss: a sum and the unit it is averaged over."""
+    """One differentiable part of a loss: what is summed, and the unit the sum is averaged over."""
 
-    total: Float[Tensor, ""]
-    """Σ over this microbatch, nats (or the objective's own unit), with graph."""
+    values: Float[Tensor, ...]
+    """What is summed, nats (or the objective's own unit), with graph: one per row wherever a row's part can be told."""
     per: str
     """``"row"`` or ``"<leg>.token"``."""
     coef: float = 1.0
     """Weight of the averaged term in the loss."""
+
+    @property
+    def total(self) -> Float[Tensor, ""]:
+        """Σ over this microbatch."""
+        return self.values.sum()
 
     def value(self, counts: Counts) -> Float[Tensor, ""]:
         """coef · total / count; a step that holds none of the unit contributes zero."""

@@ -16,7 +16,8 @@ T = TypeVar("T")
 
 def did_you_mean(word: str, known: list[str] | Mapping[str, Any]) -> str:
     """``"; did you mean 'x'?"`` with the nearest known word, or an empty string."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    swapped = [each for each in known if sorted(each) == sorted(word)]  # dop is dpo, not dpop
+    near = swapped or difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
@@ -134,15 +135,31 @@ OBJECTIVES = Registry(
         "sppo_hard": "sppo",
         "sigmoid_norm": "dpo_norm",
         "smaug": "dpop",
+        "dpo_positive": "dpop",
+        "slic": "hinge",
+        "aot_pair": "aot_unpaired",
+        "alphapo": "alpha_po",
+        "tdpo1": "tdpo",
+        "tdpo2": "tdpo",
+        "rpo_bwd_kl": "rpo_reward_aware",
+        "rpo_fwd_kl": "rpo_reward_aware",
+        "rpo_sq": "rpo_reward_aware",
+        "lrml": "discopop",
+        "bt": "bradley_terry",
     },
 )
 """Every loss a recipe's ``objective`` section can name."""
 
-TOKEN_WEIGHTS = Registry("token weight")
-"""Weights of tokens in likelihood terms."""
+MODIFIERS = Registry(
+    "modifier",
+    elsewhere={"tr-dpo": "tr_dpo", "sync_ref_model": "tr_dpo", "use_weighting": "wpo", "f_dpo": "f_divergence"},
+)
+"""Changes to a pairwise objective, whichever it is."""
+TOKEN_WEIGHTS = Registry("token weight", elsewhere={"linupper": "lin_upper"})
+"""Weights of tokens, and of rows, in likelihood terms."""
 RELABELERS = Registry("relabeler")
 """Maps from one row to new ones."""
 REWARD_TRANSFORMS = Registry("reward transform")
 """Maps from scores to scores."""
-REGULARIZERS = Registry("regularizer")
-"""Penalties on parameters rather than on log-probs."""
+REGULARIZERS = Registry("regularizer", elsewhere={"l2_sp": "l2_init", "l1_init": "l2_init", "wise-ft": "wise_ft"})
+"""Penalties on parameters rather than on log-probs, and averages of them."""

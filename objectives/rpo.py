@@ -6,15 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Float
-from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from objectives.batch import LegBatch
 from objectives.checks import require
-from objectives.metrics import preference_metrics
-from objectives.needs import Needs
+from objectives.needs import Needs, PairForm
 from objectives.output import Output, Term
+from objectives.pairs import pair_of, preference
 from objectives.registry import OBJECTIVES
 
 PAIR = Needs(legs=("chosen", "rejected"), reference=True, likelihood=("chosen",))
@@ -48,6 +46,7 @@ class RPO:
     """``cumulative`` or ``average``; β and η of one do not suit the other."""
 
     needs: ClassVar[Needs] = PAIR
+    pair_form: ClassVar[PairForm] = PairForm(difference=True)
     step0: ClassVar[None] = None
 
     def __post_init__(self) -> None:
@@ -58,10 +57,11 @@ class RPO:
     def __call__(self, batch: LegBatch) -> Output:
         leg = batch["chosen"]
         if self.form == "cumulative":
-            likelihood = Term(total=leg.nll().sum(), per="row", coef=self.eta * self.beta)
+            likelihood = Term(values=leg.nll(), per="row", coef=self.eta * self.beta)
         else:
-            likelihood = Term(total=leg.mean_nll().sum(), per="row", coef=self.eta)
-        return _output(batch, self.beta, likelihood)
+            likelihood = Term(values=leg.mean_nll(), per="row", coef=self.eta)
+        pair = pair_of(batch, self.beta)
+        return preference(batch, pair, -logsigmoid(pair.margin), likelihood=likelihood)
 
 
 @OBJECTIVES.register("irpo")
@@ -88,6 +88,7 @@ class IRPO:
     """``token`` or ``sequence``: what the likelihood is a mean over."""
 
     needs: ClassVar[Needs] = PAIR
+    pair_form: ClassVar[PairForm] = PairForm(difference=True)
     step0: ClassVar[None] = None
 
     def __post_init__(self) -> None:
@@ -98,19 +99,8 @@ class IRPO:
     def __call__(self, batch: LegBatch) -> Output:
         leg = batch["chosen"]
         if self.form == "token":
-            likelihood = Term(total=leg.nll().sum(), per="chosen.token", coef=self.alpha)
+            likelihood = Term(values=leg.nll(), per="chosen.token", coef=self.alpha)
         else:
-            likelihood = Term(total=leg.mean_nll().sum(), per="row", coef=self.alpha)
-        return _output(batch, self.beta, likelihood)
-
-
-def _output(batch: LegBatch, beta: float, likelihood: Term) -> Output:
-    chosen: Float[Tensor, " row"] = beta * batch["chosen"].logratio()
-    rejected: Float[Tensor, " row"] = beta * batch["rejected"].logratio()
-    return Output(
-        terms={
-            "preference": Term(total=-logsigmoid(chosen - rejected).sum(), per="row"),
-            "likelihood": likelihood,
-        },
-        metrics=preference_metrics(batch, chosen, rejected, beta),
-    )
+            likelihood = Term(values=leg.mean_nll(), per="row", coef=self.alpha)
+        pair = pair_of(batch, self.beta)
+        return preference(batch, pair, -logsigmoid(pair.margin), likelihood=likelihood)

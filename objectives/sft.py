@@ -22,6 +22,9 @@ class SFT:
     with N the tokens (of non-zero weight) of the **whole optimizer step**, not of a microbatch: every token counts the
     same however the step is split. Prompt tokens never count. A uniform model over V tokens costs log V.
 
+    ``per`` says what the loss is a mean over: ``token`` as above; ``sequence``, the mean over rows of each row's mean
+    over tokens; ``row``, the mean over rows of sums.
+
     References:
         Token-mean cross-entropy on completions, the ``sft`` term of MPO (Wang et al. 2024, arXiv:2411.10442).
     """
@@ -29,10 +32,14 @@ class SFT:
     leg: str = "gold"
     """Which response is learned: ``gold`` (prompt-completion data, triples, scored lists) or ``chosen`` (pairs)."""
 
+    per: str = "token"
+    """``token``, ``sequence`` or ``row``."""
+
     step0: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         require("leg", self.leg, self.leg in ("gold", "chosen"), "'gold' or 'chosen'")
+        require("per", self.per, self.per in ("token", "sequence", "row"), "'token', 'sequence' or 'row'")
 
     @property
     def needs(self) -> Needs:
@@ -41,6 +48,11 @@ class SFT:
     def __call__(self, batch: LegBatch) -> Output:
         leg = batch[self.leg]
         return Output(
-            terms={"likelihood": Term(total=leg.nll().sum(), per=f"{self.leg}.token")},
+            terms={
+                "likelihood": Term(
+                    values=leg.mean_nll() if self.per == "sequence" else leg.nll(),
+                    per=f"{self.leg}.token" if self.per == "token" else "row",
+                )
+            },
             metrics={f"logps/{self.leg}": Mean.of(leg.sum_logps())},
         )

@@ -25,6 +25,7 @@ from objectives.batch import Leg
 from objectives.checks import require
 from objectives.output import Mean
 from objectives.registry import TOKEN_WEIGHTS
+from objectives.sample_weights import SampleWeight
 
 TABLE_SIZE = 1_000_003
 TABLE_SEED = 2_971_215_073
@@ -44,7 +45,8 @@ class AdaptiveWeight(Protocol):
     """Weighs tokens by their log-probs, relative to a temperature τ: the median of some rows' losses.
 
     ``losses`` gives the numbers that τ is the median of, one per row. ``over`` says of which rows: ``step``, those of
-    one optimizer step, again in each; ``dataset``, all training rows, once, under the reference.
+    one optimizer step, again in each; ``dataset``, all training rows, once, under the reference; ``token``, of none: τ
+    is 1.
     """
 
     over: ClassVar[str]
@@ -57,7 +59,7 @@ class AdaptiveWeight(Protocol):
     def metrics(self, leg: Leg, tau: Float[Tensor, ""]) -> Mapping[str, Mean]: ...
 
 
-TokenWeight = MaskWeight | AdaptiveWeight
+TokenWeight = MaskWeight | AdaptiveWeight | SampleWeight
 
 
 @TOKEN_WEIGHTS.register("goldfish")
@@ -232,6 +234,44 @@ class FLOW:
     def metrics(self, leg: Leg, tau: Float[Tensor, ""]) -> dict[str, Mean]:
         """The mean weight over rows."""
         return {"flow/weight": Mean.of(self(leg, tau)[:, 0])} if leg.logps.shape[1] else {}
+
+
+@TOKEN_WEIGHTS.register("dft")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DFT:
+    """Dynamic Fine-Tuning: each token is weighed by its own probability.
+
+        weight_t = π_θ(y_t|x, y_<t)
+
+    detached; the likelihood term is still divided by the number of tokens. It is TALR with τ = 1 and no lower limit.
+    The gradient of a token's term is that of π_θ itself: what the policy finds all but impossible is not learned, so
+    there is no cold start for unseen answers.
+
+    References:
+        Wu et al. 2025, arXiv:2508.05629, Eq. 9; TRL's SFTTrainer with ``loss_type: dft``.
+    """
+
+    over: ClassVar[str] = "token"
+
+    legs: tuple[str, ...] = ()
+    """Legs it acts on; empty means every leg with a likelihood term."""
+
+    def losses(self, leg: Leg) -> Float[Tensor, " row"]:
+        """None: no temperature is estimated."""
+        return leg.logps.new_zeros(0)
+
+    def tau(self, losses: Float[Tensor, " row"]) -> Float[Tensor, ""]:
+        """1."""
+        return losses.new_ones(())
+
+    def __call__(self, leg: Leg, tau: Float[Tensor, ""]) -> Float[Tensor, "row token"]:
+        # A probability that underflows would change the counts.
+        weights = torch.exp(leg.logps.detach()).clamp(min=torch.finfo(leg.logps.dtype).tiny)
+        return torch.where(leg.mask, weights, 1.0)
+
+    def metrics(self, leg: Leg, tau: Float[Tensor, ""]) -> dict[str, Mean]:
+        """The mean weight over tokens."""
+        return {"dft/weight": Mean.of(self(leg, tau)[leg.mask])}
 
 
 def median(values: Float[Tensor, " row"]) -> Float[Tensor, ""]:

@@ -8,17 +8,17 @@ from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import logsigmoid, relu
+from torch.nn.functional import relu
 
 from objectives.batch import LegBatch
 from objectives.checks import require
-from objectives.metrics import preference_metrics, response_metrics
-from objectives.needs import Needs
+from objectives.metrics import response_metrics
+from objectives.needs import Needs, PairForm
 from objectives.output import Output, Term
+from objectives.pairs import PAIR, Pair, pair_of, preference, smoothed
 from objectives.registry import OBJECTIVES
 
 TRIPLE = Needs(legs=("chosen", "rejected", "gold"), likelihood=("gold",))
-PAIR = Needs(legs=("chosen", "rejected"))
 
 
 @OBJECTIVES.register("tpo")
@@ -57,6 +57,10 @@ class TPO:
     def needs(self) -> Needs:
         return TRIPLE if self.alpha else PAIR
 
+    @property
+    def pair_form(self) -> PairForm:
+        return PairForm(difference=True, per_token=self.link == "ipo")
+
     def __post_init__(self) -> None:
         require("beta", self.beta, 0 < self.beta < math.inf, "> 0 and finite")
         require("alpha", self.alpha, 0 <= self.alpha < math.inf, ">= 0 and finite")
@@ -66,19 +70,14 @@ class TPO:
             raise ValueError(f"label_smoothing has no meaning with link {self.link}; use link sigmoid, or leave it out")
 
     def __call__(self, batch: LegBatch) -> Output:
-        chosen, rejected = (
-            batch[name].mean_logps() if self.link == "ipo" else batch[name].sum_logps()
-            for name in ("chosen", "rejected")
-        )
-        margin = self.beta * (chosen - rejected)
+        pair = pair_of(batch, self.beta, reference=False, per_token=self.link == "ipo")
         if self.link == "ipo":
-            losses = (chosen - rejected - 1 / (2 * self.beta)) ** 2
+            losses = (pair.difference - 1 / (2 * pair.beta)) ** 2
         elif self.link == "hinge":
-            losses = relu(1 - margin)
+            losses = relu(1 - pair.margin)
         else:
-            losses = _smoothed(margin, self.label_smoothing)
-        rewards = self.beta * chosen, self.beta * rejected
-        return _output(batch, losses, rewards, self.beta, self.alpha, per_token=self.link == "ipo")
+            losses = smoothed(pair.margin, self.label_smoothing)
+        return _output(batch, pair, losses, self.alpha)
 
 
 @OBJECTIVES.register("tpo_l")
@@ -109,6 +108,7 @@ class TPOL:
     label_smoothing: float = 0.0
     """Assumed share ε of flipped preferences, in [0, 0.5)."""
 
+    pair_form: ClassVar[PairForm] = PairForm(difference=True, per_token=True)
     step0: ClassVar[None] = None
 
     @property
@@ -122,29 +122,12 @@ class TPOL:
         require("label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 0.5, "in [0, 0.5)")
 
     def __call__(self, batch: LegBatch) -> Output:
-        chosen = self.beta * batch["chosen"].mean_logps()
-        rejected = self.beta * batch["rejected"].mean_logps()
-        losses = _smoothed(chosen - rejected - self.gamma, self.label_smoothing)
-        return _output(batch, losses, (chosen, rejected), self.beta, self.alpha, per_token=True)
+        pair = pair_of(batch, self.beta, reference=False, per_token=True)
+        return _output(batch, pair, smoothed(pair.margin - self.gamma, self.label_smoothing), self.alpha)
 
 
-def _smoothed(margin: Float[Tensor, " row"], label_smoothing: float) -> Float[Tensor, " row"]:
-    return -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
-
-
-def _output(
-    batch: LegBatch,
-    losses: Float[Tensor, " row"],
-    rewards: tuple[Float[Tensor, " row"], Float[Tensor, " row"]],
-    beta: float,
-    alpha: float,
-    *,
-    per_token: bool,
-) -> Output:
-    """Both terms; ``rewards`` are those of chosen and rejected."""
-    terms = {"preference": Term(total=losses.sum(), per="row")}
-    if alpha:
-        terms["likelihood"] = Term(total=batch["gold"].nll().sum(), per="gold.token", coef=alpha)
+def _output(batch: LegBatch, pair: Pair, losses: Float[Tensor, " row"], alpha: float) -> Output:
+    likelihood = {"likelihood": Term(values=batch["gold"].nll(), per="gold.token", coef=alpha)} if alpha else {}
+    output = preference(batch, pair, losses, **likelihood)
     legs = (TRIPLE if alpha else PAIR).legs
-    metrics = preference_metrics(batch, *rewards, beta, per_token=per_token) | response_metrics(batch, legs)
-    return Output(terms=terms, metrics=metrics)
+    return Output(terms=output.terms, metrics={**output.metrics, **response_metrics(batch, legs)})

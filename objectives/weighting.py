@@ -12,7 +12,11 @@ from torch import Tensor
 
 from objectives.batch import Leg, LegBatch
 from objectives.output import Mean
+from objectives.sample_weights import SampleWeight, row_losses
 from objectives.token_weights import AdaptiveWeight, MaskWeight, TokenWeight
+
+STEP_PREFIX = "token_weights/"
+"""Before the names of sample weights in ``LegBatch.step``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +24,7 @@ class Weighting:
     """The product of several token weights; none of them is a weighting too.
 
     State is τ by part and leg: of adaptive weights over steps, the median of the step before; of those over the
-    dataset, a constant that ``fit`` gives.
+    dataset, a constant that ``fit`` gives. Of sample weights it is the number of steps taken.
     """
 
     parts: Mapping[str, TokenWeight]
@@ -70,7 +74,25 @@ class Weighting:
 
     def init_state(self) -> dict[str, Tensor]:
         """τ = ∞ for weights over steps: their first step is unweighted."""
-        return {key: torch.tensor(torch.inf, dtype=torch.float64) for key, _, _ in self._adaptive("step")}
+        taus = {key: torch.tensor(torch.inf, dtype=torch.float64) for key, _, _ in self._adaptive("step")}
+        return taus | {key: torch.zeros((), dtype=torch.float64) for key, _, _ in self._samples()}
+
+    def _samples(self) -> list[tuple[str, SampleWeight, str]]:
+        return [
+            (f"{name}/{leg}", part, leg)
+            for name, part in self.parts.items()
+            if isinstance(part, SampleWeight)
+            for leg in self.legs(name)
+        ]
+
+    @property
+    def coupled(self) -> bool:
+        """Whether weights depend on all rows of a step, so that ``step_pass`` has to be made."""
+        return bool(self._samples())
+
+    def step_pass(self, batch: LegBatch) -> dict[str, Float[Tensor, " row"]]:
+        """Mean loss of every row, nats, for the sample weights of the step."""
+        return {f"{STEP_PREFIX}{key}": row_losses(batch[leg]) for key, _, leg in self._samples()}
 
     def fit(self, losses: Mapping[str, Float[Tensor, " row"]]) -> dict[str, Tensor]:
         """τ of weights over the dataset.
@@ -87,7 +109,7 @@ class Weighting:
     def update(self, state: Mapping[str, Tensor], observed: Mapping[str, Float[Tensor, " row"]]) -> dict[str, Tensor]:
         """The state after a step; a step without rows leaves it."""
         step = {key: part.tau(observed[key]) for key, part, _ in self._adaptive("step") if len(observed[key])}
-        return {**state, **step}
+        return {**state, **step, **{key: state[key] + 1 for key, _, _ in self._samples()}}
 
     def apply(
         self, batch: LegBatch, state: Mapping[str, Tensor], *, whole_step: bool = False
@@ -101,9 +123,16 @@ class Weighting:
         """
         weights: dict[str, Tensor] = {}
         metrics = self._mask_metrics(batch)
-        for over in ("step", "dataset"):
+        for key, sample, leg in self._samples():
+            if float(state[key]) >= sample.warmup_steps:
+                step, place = batch.whole_step()
+                rows = sample.row_weights(step[f"{STEP_PREFIX}{key}"])[place]
+                weight = rows[:, None].expand_as(batch[leg].logps)
+                weights[leg] = weights[leg] * weight if leg in weights else weight
+                _add(metrics, {"samples/weight": Mean.of(rows), "samples/weight_squared": Mean.of(rows**2)})
+        for over in ("step", "dataset", "token"):
             for key, part, leg in self._adaptive(over):
-                tau = state[key]
+                tau = state.get(key, batch[leg].logps.new_ones(()))
                 if over == "step" and whole_step and batch.rows:
                     tau = part.tau(part.losses(batch[leg]))
                 weight = part(batch[leg], tau)

@@ -24,7 +24,7 @@ class Centred:
         shift = batch.state["sum"] / batch.state["count"].clamp(min=1)
         losses = -logsigmoid(self._margin(batch) - shift)
         return Output(
-            terms={"preference": Term(total=losses.sum(), per="row")},
+            terms={"preference": Term(values=losses, per="row")},
             metrics={"shift": Mean(total=shift.detach() * batch.rows, count=float(batch.rows))},
         )
 

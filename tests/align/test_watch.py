@@ -67,7 +67,7 @@ def test_names():
 
 def output(total: float, metric: float, count: float) -> Output:
     return Output(
-        terms={"likelihood": Term(total=torch.tensor(total), per="gold.token", coef=5.0)},
+        terms={"likelihood": Term(values=torch.tensor(total), per="gold.token", coef=5.0)},
         metrics={"m": Mean(total=torch.tensor(metric), count=count)},
     )
 

@@ -34,11 +34,11 @@ def prepare_slowly(path: str, cache: str, log: str, start: Any) -> None:
     os.environ["ALIGN_CACHE"] = cache
     tokenize_rows = preparation.tokenize_rows
 
-    def noted(*args: Any) -> Any:
+    def noted(*args: Any, **options: Any) -> Any:
         with open(log, "a") as file:
             file.write(f"{os.getpid()}\n")
         time.sleep(0.5)  # long enough for the other process to arrive
-        return tokenize_rows(*args)
+        return tokenize_rows(*args, **options)
 
     preparation.tokenize_rows = noted  # type: ignore[assignment]
     start.wait(120)

@@ -39,9 +39,9 @@ def tokenized(monkeypatch):
     calls = []
     tokenize_rows = preparation.tokenize_rows
 
-    def noted(rows, *args):
+    def noted(rows, *args, **options):
         calls.append([row.index for row in rows])
-        return tokenize_rows(rows, *args)
+        return tokenize_rows(rows, *args, **options)
 
     monkeypatch.setattr(preparation, "tokenize_rows", noted)
     return calls

@@ -133,17 +133,17 @@ def test_a_gold_response_of_its_own_leaves_the_best_to_the_pair():
 @pytest.mark.parametrize("rule", EVERY_RULE, ids=lambda rule: rule.name)
 def test_one_response_alone_is_the_best(leg, rule):
     assert made([scored(0.2, 0.9), scored(0.5, 0.5), scored(0.1)], (leg,), rule) == [{leg: s} for s in (0.9, 0.5, 0.1)]
-    assert not rule_matters((leg,))
+    assert not rule_matters((leg,), labels=False)
 
 
 def test_labels_are_the_two_sides_of_a_pair_or_of_the_threshold():
     pair, _ = arranged(scored(0.2, 0.9, 0.5), LABELLED)
     assert [(row.responses, row.label, row.scores) for row in pair] == [
-        ({"completion": "1:0.9"}, True, {"completion": 0.9}),
-        ({"completion": "0:0.2"}, False, {"completion": 0.2}),
+        ({"completion": "1:0.9"}, True, {"score": 0.9}),
+        ({"completion": "0:0.2"}, False, {"score": 0.2}),
     ]
     every, _ = arranged([scored(0.2, 0.9, 0.5), scored(0.9)], LABELLED, THRESHOLD)
-    assert [(row.scores["completion"], row.label) for row in every] == [
+    assert [(row.scores["score"], row.label) for row in every] == [
         (0.9, True),
         (0.5, True),
         (0.2, False),
@@ -293,13 +293,13 @@ def test_every_kind_of_data_for_every_kind_of_objective(data, wanted):
     for row in new:
         assert set(legs) - {"mismatched"} <= row.responses.keys()
         assert (row.label is not None) is ("completion" in legs)
-        assert set(row.scores) <= set(row.responses)
+        assert set(row.scores) <= {*row.responses, "score"}
 
 
 def test_pairs_become_labelled_completions_with_their_scores():
     good, bad = arranged(loaded(RAW["pairs"]), LABELLED)[0]
-    assert (good.responses, good.label, good.scores) == ({"completion": "a"}, True, {"completion": 2.0})
-    assert (bad.responses, bad.label, bad.scores) == ({"completion": "b"}, False, {"completion": 1.0})
+    assert (good.responses, good.label, good.scores) == ({"completion": "a"}, True, {"score": 2.0})
+    assert (bad.responses, bad.label, bad.scores) == ({"completion": "b"}, False, {"score": 1.0})
     assert good.index == bad.index == 0
 
 
@@ -378,7 +378,7 @@ def test_the_sentence_in_full(monkeypatch):
         arranged(loaded(RAW["pairs"]), TRIPLE)
     assert str(caught.value) == (
         "x.jsonl, row 0: the objective needs a gold response and the rows have prompt, chosen, rejected; add a gold or "
-        "reference column (data.columns maps names), or use an objective that works with this data: bco, dpo"
+        "reference column (data.columns maps names), or use an objective that works with this data: dpo, bco"
     )
 
 

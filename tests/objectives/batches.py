@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from objectives import OBJECTIVES, Leg, LegBatch, Mixture, Needs, Objective, Stateful
+from objectives import OBJECTIVES, Leg, LegBatch, Mixture, Needs, Objective, Stateful, with_own_step
 from tests.objectives.transcriptions import Ragged
 
 FP64_ROUNDING = {"rtol": 1e-11, "atol": 1e-12}  # the same float64 arithmetic in another order
@@ -19,17 +19,26 @@ TRANSCRIPTION = {"rtol": 1e-11, "atol": 1e-13}  # float64 on both sides; sums in
 SIX_PLACES = {"abs": 5.1e-7}  # numbers written with six places
 BY_HAND = {"rel": 1e-9}  # ten digits are written down
 
-PER_TOKEN = ("logps", "mask", "tokens", "ref_logps", "weight")
-"""The fields of a leg, all of them ``(row, token)``."""
+PER_TOKEN = ("logps", "mask", "tokens", "ref_logps", "weight", "share", "ref_share")
+"""The fields of a leg that are ``(row, token)``, besides its extras."""
 
 PER_ROW = ("labels", "density_ratio")
-"""What a batch knows of each row, besides its legs."""
+"""What a batch knows of each row, besides its legs and scores."""
+
+EXTRA_RANGES = {
+    "log_sum_p2": (-4.0, 0.0),
+    "ref_kl": (0.0, 3.0),
+    "number_value": (0.0, 9.0),
+    "number_mean": (0.0, 9.0),
+    "number_distance": (0.0, 9.0),
+}
+"""What the numbers per token can be."""
 
 
 def build(name: str, **config: object) -> Objective:
     """The objective of that name; one without an argument-free constructor offers ``example()``."""
     cls = OBJECTIVES[name]
-    return cls.example() if hasattr(cls, "example") and not config else cls(**config)
+    return cls.example(**config) if hasattr(cls, "example") else cls(**config)
 
 
 def make_leg(
@@ -41,12 +50,16 @@ def make_leg(
     scale: float = 1.0,
     reference: bool = False,
     weighted: bool = False,
+    extras: tuple[str, ...] = (),
+    values: tuple[str, ...] = (),
 ) -> Leg:
     """One leg of random log-probs, ragged lengths from 1 to ``width``, and random junk behind each response.
 
     Args:
         scale: mean surprise of a token, nats.
         weighted: with token weights, about a third of them zero.
+        extras: numbers per token to make up, each in its range.
+        values: outputs of a scalar head.
     """
 
     def surprises() -> Tensor:
@@ -57,13 +70,20 @@ def make_leg(
     logps, ref_logps = surprises(), surprises()
     weight = torch.rand(rows, width, generator=generator, dtype=dtype) * 2
     weight = torch.where(torch.rand(rows, width, generator=generator) < 1 / 3, 0.0, weight)
-    return Leg(
+    leg = Leg(
         logps=logps,
         mask=torch.arange(width).expand(rows, width) < lengths,
         tokens=torch.randint(0, 100, (rows, width), generator=generator),
         ref_logps=ref_logps if reference else None,
         weight=weight if weighted else None,
     )
+    uniform = {name: torch.rand(rows, width, generator=generator, dtype=dtype) for name in EXTRA_RANGES}
+    number = torch.rand(rows, width, generator=generator) < 0.5
+    number[:, 0] = True  # every response begins with a number token
+    made = {name: low + (high - low) * uniform[name] for name, (low, high) in EXTRA_RANGES.items()}
+    made["number_value"] = torch.where(number, made["number_value"].round(), math.nan)
+    heads = {name: torch.randn(rows, generator=generator, dtype=dtype) * 2 for name in values}
+    return replace(leg, extras={name: made[name] for name in extras}, values=heads)
 
 
 def make_batch(
@@ -86,7 +106,7 @@ def make_batch(
         at_reference: the policy's log-probs are the reference's.
         later: not the state at the beginning, but one after a step.
     """
-    known = {"legs", "reference", "labels", "density_ratio", "likelihood"}
+    known = {"legs", "reference", "labels", "density_ratio", "likelihood", "scores", "extras", "values"}
     assert {field.name for field in fields(Needs)} == known, "teach make_batch what is new in Needs"
     generator = torch.Generator().manual_seed(seed)
     needs = objective.needs
@@ -100,9 +120,14 @@ def make_batch(
             scale=scale,
             reference=needs.reference,
             weighted=weighted and name in needs.likelihood,
+            extras=needs.extras,
+            values=needs.values,
         )
         if at_reference and leg.ref_logps is not None:
-            leg = replace(leg, logps=leg.ref_logps.clone())
+            extras = {**leg.extras}
+            if "ref_kl" in extras:
+                extras["ref_kl"] = torch.zeros_like(leg.logps)
+            leg = replace(leg, logps=leg.ref_logps.clone(), extras=extras)
         legs[name] = leg
     labels = torch.rand(rows, generator=generator) < 0.5
     if rows > 1:
@@ -113,9 +138,11 @@ def make_batch(
         legs=legs,
         labels=labels if needs.labels else None,
         density_ratio=0.05 * 400**spread if needs.density_ratio is not None else None,
+        scores={name: torch.randn(rows, generator=generator, dtype=dtype) * 2 for name in needs.scores},
         state=objective.init_state() if isinstance(objective, Stateful) else {},
     )
-    return after_a_step(objective, batch) if later else batch
+    batch = after_a_step(objective, batch) if later else batch
+    return with_own_step(objective, batch)
 
 
 def after_a_step(objective: Objective, batch: LegBatch) -> LegBatch:
@@ -136,35 +163,48 @@ def map_legs(batch: LegBatch, change: Callable[[Leg], Leg]) -> LegBatch:
 def map_tensors(leg: Leg, change: Callable[[str, Tensor], Tensor]) -> Leg:
     """The leg with every tensor it has replaced by ``change(field name, tensor)``."""
     present = {key: getattr(leg, key) for key in PER_TOKEN if getattr(leg, key) is not None}
-    return replace(leg, **{key: change(key, value) for key, value in present.items()})
+    extras = {key: change(key, value) for key, value in leg.extras.items()}
+    return replace(leg, **{key: change(key, value) for key, value in present.items()}, extras=extras)
 
 
 def map_known(batch: LegBatch, change: Callable[[Tensor], Tensor]) -> LegBatch:
     """The batch with what it knows of each row, as far as it does, replaced."""
     present = {key: getattr(batch, key) for key in PER_ROW if getattr(batch, key) is not None}
-    return replace(batch, **{key: change(values) for key, values in present.items()})
+    scores = {key: change(values) for key, values in batch.scores.items()}
+    values = {
+        name: replace(batch[name], values={key: change(each) for key, each in batch[name].values.items()})
+        for name in batch
+    }
+    changed = {key: change(values) for key, values in present.items()}
+    return replace(batch, **changed, scores=scores, legs=values)
 
 
 def rows_of(batch: LegBatch, index: slice | Tensor) -> LegBatch:
-    """Only those rows, in that order."""
+    """Only those rows, in that order; a step they are part of stays whole."""
     legs = map_legs(batch, lambda leg: map_tensors(leg, lambda _, values: values[index]))
-    return map_known(legs, lambda values: values[index])
+    part = map_known(legs, lambda values: values[index])
+    return part if part.place is None else replace(part, place=part.place[index])
 
 
 def in_float64(batch: LegBatch) -> LegBatch:
     def double(values: Tensor) -> Tensor:
         return values.double() if values.is_floating_point() else values
 
-    return map_known(map_legs(batch, lambda leg: map_tensors(leg, lambda _, values: double(values))), double)
+    doubled = map_known(map_legs(batch, lambda leg: map_tensors(leg, lambda _, values: double(values))), double)
+    step = None if batch.step is None else {key: double(values) for key, values in batch.step.items()}
+    return replace(doubled, step=step)
 
 
 def with_junk(batch: LegBatch, junk: float) -> LegBatch:
-    """The batch with ``junk`` in every floating-point place that no mask covers."""
+    """The batch with ``junk`` in every floating-point place that no mask covers, and other tokens there."""
 
     def spoil(leg: Leg) -> Leg:
-        return map_tensors(
-            leg, lambda _, values: torch.where(leg.mask, values, junk) if values.is_floating_point() else values
-        )
+        def spoiled(_: str, values: Tensor) -> Tensor:
+            if values.is_floating_point():
+                return torch.where(leg.mask, values, junk)
+            return values if values.dtype == torch.bool else torch.where(leg.mask, values, values + 12345)
+
+        return map_tensors(leg, spoiled)
 
     return map_legs(batch, spoil)
 
@@ -186,18 +226,47 @@ def with_logps(batch: LegBatch, logps: Mapping[str, Tensor]) -> LegBatch:
     return replace(batch, legs={name: replace(batch[name], logps=logps[name]) for name in batch})
 
 
+def inputs_of(batch: LegBatch) -> dict[str, Tensor]:
+    """What an objective may differentiate through: log-probs by leg, numbers per token and head values by leg/name."""
+    found: dict[str, Tensor] = {name: batch[name].logps for name in batch}
+    for name in batch:
+        for key, values in batch[name].extras.items():
+            if key not in ("number_value", "log_sum_p2"):
+                found[f"{name}/{key}"] = values
+        found |= {f"{name}/{key}": values for key, values in batch[name].values.items()}
+    return found
+
+
+def with_inputs(batch: LegBatch, inputs: Mapping[str, Tensor]) -> LegBatch:
+    """The batch with those of its inputs replaced."""
+
+    def own(name: str, present: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: inputs.get(f"{name}/{key}", values) for key, values in present.items()}
+
+    legs = {
+        name: replace(
+            batch[name],
+            logps=inputs.get(name, batch[name].logps),
+            extras=own(name, batch[name].extras),
+            values=own(name, batch[name].values),
+        )
+        for name in batch
+    }
+    return replace(batch, legs=legs)
+
+
 def loss_and_grad(
     objective: Objective | Mixture, batch: LegBatch, counts: Mapping[str, float] | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss, detached, and its gradient with respect to each leg's policy log-probs.
+    """The loss, detached, and its gradient with respect to everything in ``inputs_of``: by leg, and leg/name.
 
     Args:
         counts: of the whole step; by default of this batch.
     """
-    logps = {name: batch[name].logps.detach().clone().requires_grad_() for name in batch}
-    loss = objective(with_logps(batch, logps)).loss(counts if counts is not None else batch.counts())
-    slopes = torch.autograd.grad(loss, list(logps.values()), allow_unused=True, materialize_grads=True)
-    return loss.detach(), dict(zip(logps, slopes, strict=True))
+    inputs = {name: values.detach().clone().requires_grad_() for name, values in inputs_of(batch).items()}
+    loss = objective(with_inputs(batch, inputs)).loss(counts if counts is not None else batch.counts())
+    slopes = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True, materialize_grads=True)
+    return loss.detach(), dict(zip(inputs, slopes, strict=True))
 
 
 def make_rows(logps: list[list[float]], ref_logps: list[list[float]] | None = None) -> Leg:
@@ -218,16 +287,55 @@ def ragged(values: Tensor, leg: Leg) -> Ragged:
     return [row[kept].tolist() for row, kept in zip(values, leg.mask, strict=True)]
 
 
+def four(batch: LegBatch) -> list[Ragged]:
+    """Log-probs of chosen and rejected responses, then the reference's: what transcriptions of pairs take."""
+    legs = [batch[name] for name in ("chosen", "rejected")]
+    return [*(ragged(leg.logps, leg) for leg in legs), *(ragged(leg.ref_logps, leg) for leg in legs)]
+
+
+def two(batch: LegBatch) -> list[Ragged]:
+    """The same without a reference."""
+    return [ragged(batch[name].logps, batch[name]) for name in ("chosen", "rejected")]
+
+
+def one_row() -> LegBatch:
+    """One row of 2 and 1 tokens: log-ratios 1 (0.5 in each token) and −1, log-probs −3 and −3."""
+    chosen, rejected = make_rows([[-1.0, -2.0]], [[-1.5, -2.5]]), make_rows([[-3.0]], [[-2.0]])
+    return LegBatch(legs={"chosen": chosen, "rejected": rejected})
+
+
+def apart(chosen: list[float], rejected: list[float] | None = None) -> LegBatch:
+    """Rows of one token each with these log-ratios; of rejected responses 0 unless given."""
+    down = rejected if rejected is not None else [0.0 for _ in chosen]
+    ratios = {"chosen": chosen, "rejected": down}
+    legs = {name: make_rows([[r - 1.0] for r in each], [[-1.0] for _ in each]) for name, each in ratios.items()}
+    return LegBatch(legs=legs)
+
+
+def row_losses(objective: Objective, batch: LegBatch) -> list[float]:
+    """The preference term, row by row."""
+    return objective(batch).terms["preference"].values.tolist()
+
+
 def assert_transcribed(
     objective: Objective, batch: LegBatch, expected_loss: float, expected_grad: Mapping[str, Ragged]
 ) -> None:
-    """Loss and gradient are a transcription's; legs that it does not differentiate get no gradient."""
+    """Loss and gradient are a transcription's; what it does not differentiate by gets no gradient.
+
+    Args:
+        objective: what is checked.
+        batch: its input.
+        expected_loss: the transcription's.
+        expected_grad: by every response token, of log-probs under the leg's name, of other numbers under leg/name.
+    """
     loss, grad = loss_and_grad(objective, batch)
+    assert set(expected_grad) <= set(grad)
     assert math.isclose(loss.item(), expected_loss, rel_tol=1e-11, abs_tol=1e-13)
-    for name in batch:
-        zeros = [[0.0] * int(length) for length in batch[name].length()]
+    for name, slopes in grad.items():
+        leg = batch[name.partition("/")[0]]
+        zeros = [[0.0] * int(length) for length in leg.length()]
         flat = torch.tensor([slope for row in expected_grad.get(name, zeros) for slope in row], dtype=torch.float64)
-        assert_close(grad[name][batch[name].mask], flat, **TRANSCRIPTION)
+        assert_close(slopes[leg.mask], flat, **TRANSCRIPTION)
 
 
 def means(objective: Objective | Mixture, batch: LegBatch) -> dict[str, float]:

@@ -58,8 +58,8 @@ def test_a_loss_is_sums_over_counts():
     """2 · 6/3 + 1 · 8/4 = 6."""
     output = Output(
         terms={
-            "preference": Term(total=torch.tensor(6.0), per="row", coef=2.0),
-            "likelihood": Term(total=torch.tensor(8.0), per="gold.token"),
+            "preference": Term(values=torch.tensor(6.0), per="row", coef=2.0),
+            "likelihood": Term(values=torch.tensor(8.0), per="gold.token"),
         }
     )
     assert output.loss({"row": 3, "gold.token": 4}).item() == 6.0
@@ -67,13 +67,13 @@ def test_a_loss_is_sums_over_counts():
 
 def test_a_step_without_the_unit_contributes_zero():
     """A step whose tokens were all dropped: 0/0 would be NaN."""
-    term = Term(total=torch.tensor(0.0), per="gold.token")
+    term = Term(values=torch.tensor(0.0), per="gold.token")
     assert term.value({"row": 2, "gold.token": 0}).item() == 0.0
 
 
 def test_an_uncounted_unit_is_an_error():
     with pytest.raises(KeyError, match=r"gold\.token.*row"):
-        Term(total=torch.tensor(1.0), per="gold.token").value({"row": 2})
+        Term(values=torch.tensor(1.0), per="gold.token").value({"row": 2})
 
 
 def test_means_add_up():

@@ -32,7 +32,7 @@ class Centred:
 
     def __call__(self, batch: LegBatch) -> Output:
         off = batch["chosen"].sum_logps() - batch.state["centre"]
-        return Output(terms={"centred": Term(total=(off**2).sum(), per="row")}, metrics={"off/chosen": Mean.of(off)})
+        return Output(terms={"centred": Term(values=(off**2), per="row")}, metrics={"off/chosen": Mean.of(off)})
 
     def init_state(self) -> Mapping[str, Tensor]:
         return {"centre": torch.zeros((), dtype=torch.float64)}
@@ -56,7 +56,7 @@ class Nosy:
 
     def __call__(self, batch: LegBatch) -> Output:
         self.seen.append(batch)
-        return Output(terms={"nothing": Term(total=0 * batch["gold"].sum_logps().sum(), per="row")})
+        return Output(terms={"nothing": Term(values=0 * batch["gold"].sum_logps(), per="row")})
 
 
 def parts_loss(objective: Objective, batch: LegBatch) -> Tensor:

@@ -1,0 +1,118 @@
+"""What keeps hold of other weights than the ones being trained: the initial ones, and a reference that follows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from align.errors import RunError
+from objectives import Averaging, Penalty
+from objectives.modifiers import TRDPO
+
+REFERENCE_FILE = "synced_reference.safetensors"
+"""In a checkpoint: the reference's weights, where they follow the policy."""
+
+
+class InitialWeights:
+    """Regularizers on the difference to the weights a run started from, whether or not it was resumed since.
+
+    Args:
+        model: before training, before it is wrapped, and before a checkpoint is read.
+        regularizers: by name.
+    """
+
+    def __init__(self, model: nn.Module, regularizers: Mapping[str, object]) -> None:
+        self.penalties = {name: each for name, each in regularizers.items() if isinstance(each, Penalty)}
+        self.averages = [each for each in regularizers.values() if isinstance(each, Averaging)]
+        self.names = tuple(regularizers)
+        self.with_adapter = hasattr(model, "peft_config")
+        keep = bool(self.penalties) or (bool(self.averages) and not self.with_adapter)
+        # On the CPU where it is read once, at the end; where it is read in every step, beside the parameters.
+        self.initial: dict[str, Tensor] = {
+            name: (value.detach().clone() if self.penalties else value.detach().to("cpu", copy=True))
+            for name, value in (model.named_parameters() if keep else ())
+            if value.requires_grad
+        }
+
+    def add_gradients(self, model: nn.Module) -> dict[str, Tensor]:
+        """Adds the penalties' gradients to those of the loss, once per step, and returns the penalties.
+
+        The gradients a step ends with are those of its whole loss on every rank, so nothing is left to divide by.
+        """
+        trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+        count = sum(value.numel() for _, value in trained)
+        totals: dict[str, Tensor] = {}
+        for key, penalty in self.penalties.items():
+            total = torch.zeros((), dtype=torch.float64)
+            for name, value in trained:
+                moved = (value.detach() - self.initial[name].to(value.device)).requires_grad_()
+                with torch.enable_grad():
+                    term = penalty.penalty(moved)
+                (slope,) = torch.autograd.grad(term, moved)
+                slope = slope * (penalty.coef / count)
+                value.grad = slope.to(value.dtype) if value.grad is None else value.grad.add_(slope)
+                total += term.detach().double().cpu()
+            totals[key] = total * (penalty.coef / count)
+        return totals
+
+    @torch.no_grad()
+    def average(self, model: nn.Module) -> None:
+        """Puts the averaged weights in place of the trained ones."""
+        for averaging in self.averages:
+            for name, value in model.named_parameters():
+                if not value.requires_grad:
+                    continue
+                if not self.with_adapter:
+                    value.copy_(averaging.averaged(value, self.initial[name]))
+                elif "lora_B" in name or "lora_embedding_B" in name:
+                    # The adapter starts with this factor at 0: the average of merged weights scales it.
+                    value.copy_(averaging.averaged(value, torch.zeros_like(value)))
+
+
+class MovingReference:
+    """A reference that follows the policy (TR-DPO)."""
+
+    def __init__(self, rule: TRDPO, reference: nn.Module) -> None:
+        self.rule, self.reference = rule, reference
+
+    @torch.no_grad()
+    def after_step(self, step: int, policy: nn.Module) -> bool:
+        """Moves the reference if it is time; says whether it did."""
+        if step % self.rule.sync_steps:
+            return False
+        own = dict(self.reference.named_parameters())
+        for name, value in policy.named_parameters():
+            self.rule.sync(own[name], value)
+        return True
+
+    def save(self, folder: Path) -> None:
+        """Writes the reference into a checkpoint. Shared (tied) weights are one parameter and written once."""
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.reference.named_parameters()}
+        save_file(weights, folder / REFERENCE_FILE)
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Reads it back.
+
+        Raises:
+            RunError: the checkpoint has none.
+        """
+        path = folder / REFERENCE_FILE
+        if not path.is_file():
+            raise RunError(f"{folder} holds no {REFERENCE_FILE}, so the synced reference is lost; start again")
+        weights = load_file(path)
+        for name, value in self.reference.named_parameters():
+            value.copy_(weights[name])
+
+
+def refuse_sharded(kind: str, what: Sequence[str]) -> None:
+    """Raises ``RunError`` where parameters are not whole on every process."""
+    if what and kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        raise RunError(
+            f"{' and '.join(what)} need whole parameters on every process, which {kind} does not keep; launch without "
+            "it, or leave them out"
+        )
