@@ -25,6 +25,7 @@ from align.recipe import Recipe
 from align.reference import ReferenceKey
 from align.startup import Startup, adapter_off_scorer, frozen_scorer, load_frozen
 from align.trainer import ObjectiveTrainer, PairSums
+from align.value_head import is_reward_model, outputs_of, settle_padding
 from align.watch import DisplacementAlarm, MetricsFile, Progress, Speed
 from data.loader import PlannedBatches, kept_tokens, number_counts
 from data.number_tokens import number_values
@@ -76,7 +77,12 @@ def build(
     args = training_arguments(recipe, 1, evaluate=prepared.eval is not None)
     dtype = models.compute_dtype(recipe.model)
     say(f"model: {recipe.model.model_name_or_path}, computing in {str(dtype).removeprefix('torch.')} on {args.device}")
-    model = models.policy(recipe.model, recipe.lora, config, dtype)
+    values = recipe.mixture.needs.values
+    model = models.policy(recipe.model, recipe.lora, config, dtype, values)
+    if values:
+        pads = settle_padding(causal_lm(model).config, tokenizer)
+        alone = "" if pads else "; without a pad token beside the end token it will score one sequence at a time"
+        say(f"scalar head: {'as loaded' if is_reward_model(config) else 'new'}, training {', '.join(values)}{alone}")
     if not recipe.train.allow_dropout:
         models.switch_off_dropout(model)
     _tell_parameters(model, say)
@@ -116,6 +122,7 @@ def build(
         evaluations=evaluations,
         row_name=prepared.train.name,
         recipe_yaml=recipe.to_yaml(),
+        outputs=outputs_of(causal_lm(model).config, values) if values else (),
         numbers=None if numbers is None else torch.from_numpy(numbers),
         anchor=InitialWeights(model, {entry.name: entry.built for entry in recipe.regularizers})
         if recipe.regularizers

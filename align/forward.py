@@ -86,6 +86,9 @@ def score(
 
 def _states(model: nn.Module, inner: Any, batch: PackedBatch, options: dict[str, Any]) -> tuple[Tensor, Any]:
     """States after the final norm, (position, hidden), and what the model returned besides."""
+    if not batch.shared and getattr(inner, "score", None) is not None:
+        outputs = _decoder(inner)(**_plain_inputs(batch), **options)
+        return outputs.last_hidden_state.flatten(0, 1), outputs
     if not batch.shared:
         outputs = model.forward(**_plain_inputs(batch), output_hidden_states=True, **options)
         return outputs.hidden_states[-1].flatten(0, 1), outputs

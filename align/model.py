@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import re
@@ -17,6 +18,7 @@ from torch import nn
 from align.errors import RunError
 from align.forward import bind, causal_lm
 from align.sections import LoraSection, ModelSection
+from align.value_head import is_reward_model, with_head, without_load_report
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -197,7 +199,11 @@ def dense_attention(config: PretrainedConfig) -> str:
 
 
 def load_weights(
-    section: ModelSection, config: PretrainedConfig, dtype: torch.dtype, name: str | None = None
+    section: ModelSection,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    name: str | None = None,
+    values: tuple[str, ...] = (),
 ) -> PreTrainedModel:
     """The model with its weights, every one of them from the checkpoint.
 
@@ -206,25 +212,31 @@ def load_weights(
         config: as ``load_config`` gave it.
         dtype: of the weights: float32 if they are trained, the compute type if they are frozen.
         name: another model than the section's, for a reference.
+        values: names of the outputs of a scalar head, for a reward model. A language model gets a new head, whose
+            weights are random; a reward model must have these outputs already.
     Raises:
         RunError: it can't be read, or weights are missing or of another shape and would be random.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     name = name or section.model_name_or_path
     wanted = attention(section, config)
+    kind: Any = AutoModelForSequenceClassification if values else AutoModelForCausalLM
+    fresh = bool(values) and not is_reward_model(config)
     fallbacks = ["sdpa", "eager"] if section.attn_implementation == "auto" else []
     for implementation in dict.fromkeys([wanted, *fallbacks]):
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name,
-                revision=_revision(section, name),
-                dtype=dtype,
-                attn_implementation=implementation,
-                trust_remote_code=section.trust_remote_code,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # so that they are ours to name, below
-            )
+            with without_load_report() if fresh else contextlib.nullcontext():
+                loaded: Any = kind.from_pretrained(
+                    name,
+                    revision=_revision(section, name),
+                    dtype=dtype,
+                    attn_implementation=implementation,
+                    trust_remote_code=section.trust_remote_code,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # so that they are ours to name, below
+                    **({"config": with_head(config, values, name)} if values else {}),
+                )
             model, info = loaded
             break
         except ValueError as error:  # this architecture has no such attention
@@ -236,7 +248,7 @@ def load_weights(
             ) from None
     else:
         raise RunError(f"{name!r} supports none of {[wanted, *fallbacks]}; set model.attn_implementation")
-    missing = sorted(info["missing_keys"])
+    missing = sorted(key for key in info["missing_keys"] if not (fresh and key.startswith("score.")))
     if missing:
         raise RunError(
             f"{name!r} lacks {len(missing)} weights ({missing[0]} …), which would start as random numbers; "
@@ -250,10 +262,24 @@ def load_weights(
     return model
 
 
-def policy(section: ModelSection, lora: LoraSection | None, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
-    """The model to train, with its adapter if it has one, dropout off unless asked for, ready to score batches."""
+def policy(
+    section: ModelSection,
+    lora: LoraSection | None,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    values: tuple[str, ...] = (),
+) -> nn.Module:
+    """The model to train, with its adapter if it has one, ready to score batches.
+
+    Args:
+        section: where from.
+        lora: its adapter.
+        config: as ``load_config`` gave it.
+        dtype: of the computation.
+        values: outputs of a scalar head, for a reward model.
+    """
     # What is trained is kept in float32: bfloat16 rounds small updates to nothing. Frozen weights need not be.
-    model: nn.Module = load_weights(section, config, torch.float32 if lora is None else dtype)
+    model: nn.Module = load_weights(section, config, torch.float32 if lora is None else dtype, values=values)
     if lora is not None:
         model = add_adapter(model, lora)
     bind(model)
@@ -268,21 +294,30 @@ def check_before_loading(recipe: Recipe, config: PretrainedConfig) -> None:
             reference is not there, or a module that ``lora`` names is not in the model.
     """
     attention(recipe.model, config)
+    values = recipe.mixture.needs.values
+    if values:
+        with_head(config, values, recipe.model.model_name_or_path)
+    elif is_reward_model(config):
+        raise RunError(
+            f"model.model_name_or_path {recipe.model.model_name_or_path!r} is a reward model, and the objective trains "
+            "a language model; name one, or use an objective of reward models (bradley_terry)"
+        )
     if recipe.lora is not None and recipe.lora.adapter_name_or_path is not None:
         _find_adapter(recipe.lora.adapter_name_or_path)
     elif recipe.lora is not None:
-        _try_adapter(recipe.model, recipe.lora, config)
+        _try_adapter(recipe.model, recipe.lora, config, values)
     if recipe.needs_reference and recipe.reference.model not in ("initial", "base"):
         load_config(recipe.model, recipe.reference.model)
 
 
-def _try_adapter(section: ModelSection, lora: LoraSection, config: PretrainedConfig) -> None:
+def _try_adapter(section: ModelSection, lora: LoraSection, config: PretrainedConfig, values: tuple[str, ...]) -> None:
     """Adds the adapter to a model that has modules and no weights."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    kind: Any = AutoModelForSequenceClassification if values else AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
+            skeleton = kind.from_config(config, trust_remote_code=section.trust_remote_code)
     except (ValueError, ImportError, RuntimeError, NotImplementedError):
         return  # what is wrong with the model is told where it is loaded
     with warnings.catch_warnings(action="ignore"):  # peft gives them again when the adapter is added
@@ -318,8 +353,9 @@ def add_adapter(model: Any, lora: LoraSection) -> nn.Module:
                 f"({_first_line(error)}); name the model it was trained on"
             ) from None
     _require_modules(model, lora)
+    scalar = getattr(model, "score", None) is not None
     settings = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if scalar else "CAUSAL_LM",  # which trains the scalar head in full
         r=lora.r,
         lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=lora.lora_dropout,

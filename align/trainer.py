@@ -43,7 +43,8 @@ NO_WEIGHTS = Weighting(parts={}, likelihood=())
 LiveReference = Callable[[PackedBatch, bool], Mapping[str, Any]]
 """Maps a batch to what ``align.forward.score`` gives under the reference; True asks for its head too."""
 PairSums = Mapping[str, np.ndarray]
-"""Per-row sums of an evaluation: ``policy_<leg>``, ``ref_<leg>``, ``length_<leg>`` and ``row``."""
+"""Per-row numbers of an evaluation: ``policy_<leg>`` and ``ref_<leg>`` (sums), ``length_<leg>``, ``score_<name>`` and
+``row``; of reward models ``value_<leg>/<output>`` in place of sums."""
 
 
 class ObjectiveTrainer(Trainer):
@@ -64,6 +65,7 @@ class ObjectiveTrainer(Trainer):
         recipe_yaml: stored in every checkpoint.
         numbers: value of each number token, NaN elsewhere, for objectives that read them.
         anchor: the initial weights, for regularizers; None for none.
+        outputs: which outputs of a scalar head the objective's values are.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class ObjectiveTrainer(Trainer):
         recipe_yaml: str = "",
         numbers: Tensor | None = None,
         anchor: InitialWeights | None = None,
+        outputs: Sequence[int] = (),
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
@@ -94,7 +97,7 @@ class ObjectiveTrainer(Trainer):
         self.weight_state: dict[str, Tensor] = weighting.init_state()
         self._observed: dict[str, Tensor] = {}
         self._row_losses: dict[str, list[Tensor]] = {}
-        self.anchor = anchor
+        self.anchor, self.outputs = anchor, tuple(outputs)
         self.moving_reference: MovingReference | None = None
         on_device = None if numbers is None else numbers.to(args.device)
         self.extras = HeadExtras(names=mixture.needs.extras, numbers=on_device)
@@ -165,7 +168,7 @@ class ObjectiveTrainer(Trainer):
     def legs(self, batch: PackedBatch, scores: Mapping[str, Tensor], reference: Mapping[str, Any] | None) -> LegBatch:
         """Dense legs of a batch from what the model gave; cached reference log-probs come with the batch."""
         needs, legs = self.mixture.needs, {}
-        heads = _by_leg(scores["values"], batch, needs.values) if "values" in scores else {}
+        heads = _by_leg(scores["values"][:, self.outputs], batch, needs.values) if "values" in scores else {}
         for name, place in batch.legs.items():
             # A reward model has no log-probs: what reads them gets no number.
             nothing = torch.full(place.mask.shape, torch.nan, device=place.mask.device)
@@ -535,10 +538,14 @@ def _from_json(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _row_sums(batch: PackedBatch, legs: LegBatch) -> dict[str, np.ndarray]:
     sums = {"row": batch.rows.cpu().numpy()}
+    sums |= {f"score_{name}": values.double().cpu().numpy() for name, values in legs.scores.items()}
     for name in legs:
         leg = legs[name]
-        sums[f"policy_{name}"] = leg.sum_logps().double().cpu().numpy()
         sums[f"length_{name}"] = leg.length().cpu().numpy()
+        for output, values in leg.values.items():
+            sums[f"value_{name}/{output}"] = values.double().cpu().numpy()
+        if not leg.values:
+            sums[f"policy_{name}"] = leg.sum_logps().double().cpu().numpy()
         if leg.ref_logps is not None:
             sums[f"ref_{name}"] = leg.ref_sum_logps().double().cpu().numpy()
     return sums

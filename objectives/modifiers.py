@@ -444,7 +444,7 @@ def modified(
     refused: dict[str, str] = {}
     for key, modifier in modifiers:
         form = form_of(objective)
-        reason = "it is not about pairs" if form is None and key != "tr_dpo" else None
+        reason = "it is not about log-probs of pairs" if form is None and key != "tr_dpo" else None
         reason = reason or modifier.refuses(form or PairForm(difference=False), objective.needs)
         if reason is None:
             acting[key] = modifier
