@@ -12,11 +12,10 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
 
 from data.errors import DataError
 from data.formats import RowProblem
-from objectives.registry import OBJECTIVES, did_you_mean
+from objectives.registry import OBJECTIVES, did_you_mean, example
 from objectives.rows import Candidate, Row, Text
 
 RULES = ("best_vs_worst", "best_vs_random", "threshold", "margin")
@@ -149,8 +148,7 @@ def objectives_for(kinds: Iterable[RowsKind]) -> list[str]:
     kinds = list(kinds)
     names = []
     for name in OBJECTIVES.names():
-        cls: Any = OBJECTIVES[name]
-        needs = (cls.example() if hasattr(cls, "example") else cls()).needs
+        needs = example(OBJECTIVES[name]).needs
         if not any(kind.missing(needs.legs, labels=needs.labels, scores=needs.scores) for kind in kinds):
             names.append(name)
     return names

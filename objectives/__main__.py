@@ -2,6 +2,8 @@
 
 python -m objectives            name, formula, needs, defaults and source of each
 python -m objectives show dpo   one in full
+python -m objectives explain dpo        the logical program a loss corresponds to, and what it is stronger than
+python -m objectives explain dpo cpo    how two losses relate
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ import sys
 
 from objectives import MODIFIERS, OBJECTIVES, REGULARIZERS, RELABELERS, TOKEN_WEIGHTS
 from objectives.needs import Needs
-from objectives.registry import Registry, defaults, did_you_mean, field_docs, formula, source
+from objectives.programs import UNREGISTERED, compared, explained
+from objectives.registry import Registry, defaults, did_you_mean, example, field_docs, formula, source
 
 REGISTRIES: dict[str, Registry] = {
     "objective": OBJECTIVES,
@@ -27,7 +30,7 @@ REGISTRIES: dict[str, Registry] = {
 def summary(name: str, section: str = "objective") -> str:
     """A few lines on one entry."""
     cls = REGISTRIES[section][name]
-    needs = f"\n    needs    {shown(cls().needs)}" if section == "objective" else ""
+    needs = f"\n    needs    {shown(example(cls).needs)}" if section == "objective" else ""
     keys = ", ".join(f"{key}={value!r}" for key, value in defaults(cls).items()) or "none"
     body = "\n".join(f"    {line}" for line in formula(cls).splitlines())
     return f"{name}\n{body}{needs}\n    defaults {keys}\n    source   {source(cls)}"
@@ -60,13 +63,32 @@ def full(name: str) -> str:
     return "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", f"Keys (section {section}):", *keys])
 
 
+def _explain(names: list[str]) -> int:
+    try:
+        for name in names:
+            if name not in UNREGISTERED:
+                _ = OBJECTIVES[name]
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if len(names) > 2:
+        print("error: explain takes one name, or two to compare", file=sys.stderr)
+        return 2
+    print(explained(names[0]) if len(names) == 1 else compared(names[0], names[1]))
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m objectives", description=__doc__)
     commands = parser.add_subparsers(dest="command")
     show = commands.add_parser("show", help="one in full")
     show.add_argument("name")
+    explain = commands.add_parser("explain", help="the logical program of a loss, or how two losses relate")
+    explain.add_argument("names", nargs="+", metavar="NAME", help="one name, or two to compare")
     options = parser.parse_args(arguments)
+    if options.command == "explain":
+        return _explain(options.names)
     if options.command != "show":
         for section, registry in REGISTRIES.items():
             print(f"# {section}\n")

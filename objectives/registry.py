@@ -105,6 +105,11 @@ def defaults(cls: type) -> dict[str, Any]:
     return found
 
 
+def example(cls: Any) -> Any:
+    """An entry with its defaults, or, where a key has none, the example it offers."""
+    return cls.example() if hasattr(cls, "example") else cls()
+
+
 def formula(cls: type) -> str:
     """The first indented block of the class docstring: the formula in plain symbols."""
     lines = inspect.cleandoc(cls.__doc__ or "").splitlines()[1:]
