@@ -15,6 +15,7 @@ import yaml
 from align.recipe import read_recipe
 from align.train import main
 from data.worlds import POLICY, candidates, gold, labels, pairs, problems, scored, triples
+from objectives import MODIFIERS, OBJECTIVES, REGULARIZERS, RELABELERS, TOKEN_WEIGHTS
 from tests.equivalence.runs import write_rows
 from tests.support import REPOSITORY
 
@@ -52,7 +53,8 @@ def test_every_key_is_commented_or_obvious(path: Path):
         if found := re.match(r" +(?:- )?(\w+):", line):
             commented[found[1]] = commented.get(found[1], False) or "#" in line
     bare = {key for key, explained in commented.items() if not explained}
-    assert bare - OBVIOUS - EXPLAINED_ABOVE - ({"leg"} if path.stem == "mixture" else set()) == set()
+    in_mixtures = {"leg", "weight"} if path.stem in ("mixture", "mpo") else set()
+    assert bare - OBVIOUS - EXPLAINED_ABOVE - in_mixtures == set()
 
 
 @every_recipe
@@ -96,22 +98,33 @@ def test_trains_on_real_scored_responses(
     path: Path, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
-    words = ["--max_rows=24", "--max_length=160", "--max_dropped_share=0.9"]
+    words = ["--max_rows=24", "--max_length=160", "--max_dropped_share=0.9", *own_words(path)]
     recipe = read_recipe(path)
-    words += OWN_FORMAT if recipe.data.columns else []
     # Plain text has no system message, and these scores are probabilities.
     words += [*SCALE, "--relabel.0.form=text"] if recipe.relabel else []
     data, model = shared / "data" / "alpaca_eval_scored.jsonl.gz", shared / "models" / "stories260k"
     trained(path, tmp_path, model, data, words, capsys)
 
 
-ROWS: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(("dpo", "irpo", "rpo", "mixture", "reward_augmented"), pairs),
-    **dict.fromkeys(("bco", "kto"), labels),
-    **dict.fromkeys(("sft", "goldfish", "talr", "flow"), lambda asked, responses: gold(asked)),
-    "tpo": scored,
-    "tpo_l": triples,
-}
+def own_words(path: Path) -> list[str]:
+    """What has to be said differently for a dataset that is not the recipe's own."""
+    recipe = read_recipe(path)
+    words = OWN_FORMAT if recipe.data.columns else []
+    words = [*words, "--dataset_config=null"] if recipe.data.dataset_config else words
+    rated = any(entry.name == "reward_regression" for entry in recipe.objectives)
+    return [*words, "--attributes=[score]"] if rated else words
+
+
+def rows_for(path: Path) -> Callable[..., Any]:
+    """Embedded rows of the kind that a recipe learns from."""
+    needs = read_recipe(path).mixture.needs
+    if needs.labels:
+        return labels
+    if path.stem == "tpo_l":
+        return triples  # tpo takes scored lists
+    if needs.scores or ("gold" in needs.legs and "chosen" in needs.legs):
+        return scored
+    return pairs if "chosen" in needs.legs else lambda asked, responses: gold(asked)
 
 
 @pytest.mark.slow
@@ -120,21 +133,30 @@ def test_trains_on_the_embedded_world(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
-    asked = problems("train", 64 if ROWS[path.stem] is not labels else 16)
-    rows = write_rows(tmp_path / "rows.jsonl", ROWS[path.stem](asked, candidates(asked, 6)).rows)
+    made = rows_for(path)
+    asked = problems("train", 64 if made is not labels else 16)
+    rows = write_rows(tmp_path / "rows.jsonl", made(asked, candidates(asked, 6)).rows)
     recipe = read_recipe(path)
-    words = OWN_FORMAT if recipe.data.columns else []
-    words = [*words, *(SCALE if recipe.relabel else [])]
+    words = [*own_words(path), *(SCALE if recipe.relabel else [])]
     run = trained(path, tmp_path, POLICY, rows, words, capsys)
     results = json.loads((run / "results.json").read_text())["results"]
     goals = {"held out, goal=chosen", "held out, goal=rejected"} if recipe.relabel else set()
     assert {result["split"] for result in results} - {"held out"} == goals
     metrics = {result["metric"] for result in results}
     legs = set(recipe.mixture.needs.legs)
-    assert ("ranking/accuracy" in metrics) == ({"chosen", "rejected"} <= legs)
+    pairwise = {"chosen", "rejected"} <= legs
+    assert ("ranking/accuracy" in metrics) == (pairwise and not recipe.trains_reward_model)
+    assert ("reward_model/accuracy" in metrics) == (pairwise and recipe.trains_reward_model)
     moves = recipe.needs_reference and legs != {"gold"}
     assert any(metric.startswith(("labels/", "displacement/")) for metric in metrics) == moves
 
 
-def test_every_recipe_has_rows_here():
-    assert set(ROWS) == {path.stem for path in RECIPES}
+def test_every_objective_has_a_recipe():
+    """One recipe for each objective, modifier, token weight, regularizer and relabeler."""
+    used: set[str] = set()
+    for path in RECIPES:
+        recipe = read_recipe(path)
+        kinds = (recipe.objectives, recipe.modifiers, recipe.token_weights, recipe.regularizers, recipe.relabel)
+        used |= {entry.name for kind in kinds for entry in kind}
+    for registry in (OBJECTIVES, MODIFIERS, TOKEN_WEIGHTS, REGULARIZERS, RELABELERS):
+        assert set(registry.names()) <= used, registry.kind

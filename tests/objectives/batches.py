@@ -179,6 +179,19 @@ def map_known(batch: LegBatch, change: Callable[[Tensor], Tensor]) -> LegBatch:
     return replace(batch, **changed, scores=scores, legs=values)
 
 
+def tensors_of(batch: LegBatch) -> dict[str, Tensor]:
+    """Every tensor of the batch, by where it is."""
+    found: dict[str, Tensor] = {}
+    for name in batch:
+        leg = batch[name]
+        present = {key: getattr(leg, key) for key in PER_TOKEN if getattr(leg, key) is not None}
+        found |= {f"{name}/{key}": values for key, values in {**present, **leg.extras, **leg.values}.items()}
+    found |= {key: getattr(batch, key) for key in (*PER_ROW, "place") if getattr(batch, key) is not None}
+    for kind in ("scores", "state", "step"):
+        found |= {f"{kind}/{key}": values for key, values in (getattr(batch, kind) or {}).items()}
+    return found
+
+
 def rows_of(batch: LegBatch, index: slice | Tensor) -> LegBatch:
     """Only those rows, in that order; a step they are part of stays whole."""
     legs = map_legs(batch, lambda leg: map_tensors(leg, lambda _, values: values[index]))
