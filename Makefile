@@ -1,4 +1,4 @@
-# make setup | quickstart | test | test-all | check | bench | objectives | clean
+# make setup | quickstart | test | test-all | check | bench | objectives | promises | recipe_costs | mutants | docs | clean
 # Everything lives in .venv; nothing outside the checkout is touched.
 PYTHON ?= python3.11
 # torch is installed first, so that nothing pulls in another build. For a GPU, choose the build that fits it:
@@ -12,7 +12,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup quickstart test test-all check bench objectives clean
+.PHONY: setup quickstart test test-all check bench objectives promises recipe_costs mutants docs clean
 
 setup: $(READY)
 
@@ -40,6 +40,18 @@ bench: $(READY)
 
 objectives: $(READY)
 	$(BIN)/python -m launch.bench.objectives
+
+promises: $(READY)
+	$(BIN)/python -m launch.bench.promises
+
+recipe_costs: $(READY)
+	$(BIN)/python -m launch.bench.recipe_costs
+
+mutants: $(READY)
+	$(BIN)/python -m launch.bench.mutants
+
+docs: $(READY)
+	$(BIN)/python -m launch.objectives_page
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis runs wandb

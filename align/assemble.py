@@ -53,6 +53,7 @@ def data_spec(recipe: Recipe, max_length: int) -> DataSpec:
         labels=recipe.mixture.needs.labels,
         scores=recipe.mixture.needs.scores,
         rule=Rule(name=data.rule, threshold=data.threshold, margin=data.margin),
+        reward_transforms=tuple(entry.built for entry in recipe.reward_transforms),
         relabel=tuple(entry.built for entry in recipe.relabel),
         policy=TokenPolicy(max_length=max_length, truncation=data.truncation),
         max_dropped_share=data.max_dropped_share,
@@ -245,6 +246,11 @@ def tell_data(report: Mapping[str, Any], say: Say) -> None:
     if shaped["rows_relabelled"] != shaped["rows_read"]:
         rule = "" if shaped["rule"] is None else f" by rule {shaped['rule']}"
         say(f"  {shaped['rows_read']} rows became {shaped['rows_relabelled']}{rule}")
+    if (rescored := shaped.get("reward_transforms")) is not None:
+        say(
+            f"  scores changed by {', '.join(rescored['names'])}: of {rescored['rows']} lists of responses, "
+            f"{rescored['best_changed']} have another best one"
+        )
     if labels is not None:
         say(f"  labels to train on: {labels['desirable']} desirable, {labels['undesirable']} undesirable")
     for side, count in report["truncated"].items():

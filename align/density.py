@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from align.errors import RunError
 from align.saving import explained
+from data import encoders
+from data.encoders import encoder_embeddings
+from data.errors import DataError
 from data.loader import PlannedBatches
 from data.pack import pack
 from data.store import Ragged, TokenTable, cache_dir, digest
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from align.trainer import ObjectiveTrainer
 
 FORMAT = 1
+KEY, WAY_OUT = "objective.prompt_encoder", "policy, or "
+"""What messages about an encoder name, and what else could be written there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,19 +155,10 @@ def fit(
 
 def check_encoder(name: str) -> None:
     """Raises ``RunError`` if there is no such encoder; reads its configuration only."""
-    from transformers import AutoConfig
-
     try:
-        AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise _not_loaded(name, error) from None
-
-
-def _not_loaded(name: str, error: Exception) -> RunError:
-    why = " ".join(str(error).split()).rstrip(".")
-    return RunError(
-        f"objective.prompt_encoder {name!r} can't be loaded ({why}); give policy, or an encoder's Hub id or folder"
-    )
+        encoders.check_encoder(name, key=KEY, way_out=WAY_OUT)
+    except DataError as error:
+        raise RunError(str(error)) from None
 
 
 def load_encoder(name: str) -> tuple[Any, Any]:
@@ -172,35 +167,10 @@ def load_encoder(name: str) -> tuple[Any, Any]:
     Raises:
         RunError: it can't be loaded.
     """
-    from transformers import AutoModel, AutoTokenizer
-
     try:
-        model = AutoModel.from_pretrained(name, dtype=torch.float32).eval().requires_grad_(False)
-        return model, AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise _not_loaded(name, error) from None
-
-
-def encoder_embeddings(texts: list[str], model: Any, tokenizer: Any, batch: int = 32) -> np.ndarray:
-    """Mean of the last hidden states over each text's tokens, (text, hidden); long texts are cut to the context."""
-    parts: list[np.ndarray] = []
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
-    for start in range(0, len(texts), batch):
-        inputs = tokenizer(
-            texts[start : start + batch],
-            padding=True,
-            padding_side="right",  # on the left it would move absolute positions
-            truncation=True,
-            max_length=limit,
-            return_tensors="pt",
-        ).to(model.device)
-        with torch.no_grad():
-            hidden = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
-        mask = inputs["attention_mask"][..., None].to(hidden)
-        parts.append(((hidden * mask).sum(1) / mask.sum(1).clamp(min=1)).cpu().numpy())
-    return np.concatenate(parts) if parts else np.zeros((0, model.config.hidden_size), dtype=np.float32)
+        return encoders.load_encoder(name, key=KEY, way_out=WAY_OUT)
+    except DataError as error:
+        raise RunError(str(error)) from None
 
 
 def _by_row(prompts: Ragged, embed: Callable[[Ragged], np.ndarray]) -> np.ndarray:

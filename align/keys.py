@@ -8,7 +8,7 @@ from typing import Any
 
 from align.errors import RecipeError
 from align.sections import SECTIONS
-from objectives import MODIFIERS, OBJECTIVES, REGULARIZERS, RELABELERS, TOKEN_WEIGHTS
+from objectives import MODIFIERS, OBJECTIVES, REGULARIZERS, RELABELERS, REWARD_TRANSFORMS, TOKEN_WEIGHTS
 from objectives.registry import Registry, did_you_mean
 
 NAMED: dict[str, Registry] = {
@@ -17,6 +17,7 @@ NAMED: dict[str, Registry] = {
     "token_weights": TOKEN_WEIGHTS,
     "regularizers": REGULARIZERS,
     "relabel": RELABELERS,
+    "reward_transforms": REWARD_TRANSFORMS,
 }
 """Sections that hold one entry, or a list of entries, whose keys depend on its name."""
 

@@ -43,6 +43,7 @@ KINDS = {
     "token_weights": "token_weights",
     "regularizers": "regularizers",
     "relabel": "relabel",
+    "reward_transforms": "reward_transforms",
 }
 """Named sections to the fields of ``Recipe`` that hold them."""
 
@@ -59,6 +60,7 @@ class Recipe:
     token_weights: tuple[Entry, ...] = ()
     regularizers: tuple[Entry, ...] = ()
     relabel: tuple[Entry, ...] = ()
+    reward_transforms: tuple[Entry, ...] = ()
     lora: LoraSection | None = None
     reference: ReferenceSection = field(default_factory=ReferenceSection)
     hub: HubSection = field(default_factory=HubSection)

@@ -136,7 +136,13 @@ def _entry(kind: str, path: str, value: Any, commanded: set[str], idle: list[str
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, Mapping) or "name" not in value:
-        example = {"objective": "{name: dpo, beta: 0.1}", "token_weights": "{name: goldfish, k: 4}"}
+        example = {
+            "objective": "{name: dpo, beta: 0.1}",
+            "modifiers": "{name: wpo}",
+            "token_weights": "{name: goldfish, k: 4}",
+            "regularizers": "{name: wise_ft, tuned_share: 0.5}",
+            "reward_transforms": "{name: z_score}",
+        }
         fits = example.get(kind, "{name: reward_augmented, form: system}")
         raise RecipeError(f"{path} must be a mapping with a name, e.g. {fits}, got {value!r}")
     name = value["name"]

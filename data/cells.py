@@ -98,3 +98,21 @@ def number_in(value: Any, what: str) -> float:
     if not math.isfinite(number):
         raise RowError(f"{what} is not a finite number")
     return number
+
+
+def rewards_in(value: Any, what: str) -> dict[str, float]:
+    """Several rewards by name; none of what is no mapping. Arrow fills those that only other rows have with None."""
+    if not isinstance(value, Mapping):
+        return {}
+    return {str(name): number_in(number, what) for name, number in value.items() if number is not None}
+
+
+def group_in(value: Any) -> str:
+    """A group's name: text on one line, or a number as one writes it. Anything else is no group, nor is nothing."""
+    if isinstance(value, str):
+        return " ".join(_encodable(value, "group").split())
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):  # of whole numbers too, where a column of them has gaps
+        return f"{value:.15g}" if math.isfinite(value) else ""
+    return str(value) if isinstance(value, int) else ""

@@ -6,12 +6,13 @@ that rows can be counted by them.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from data.cells import RowError, is_text, label_in, number_in, text_in, turn
+from data.cells import RowError, is_text, label_in, number_in, rewards_in, text_in, turn
 from objectives.rows import Candidate, Message, Text
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -101,21 +102,25 @@ def messages(raw: Mapping[str, Any]) -> Draft:
 def scored(raw: Mapping[str, Any]) -> Draft:
     """``prompt`` and ``responses`` with scores, which become candidates, best first and equal ones in their order.
 
-    Responses are ``[{text, score}, …]``, or strings with a column ``scores`` beside. Empty responses are passed over. A
-    gold response is the row's own only if it has a column for it.
+    Responses are ``[{text, score}, …]``, or strings with a column ``scores`` beside. A response may have several
+    rewards by name, ``{text, scores: {helpful: 1.2, harmless: −0.3}}``, all of them the same ones; without a score of
+    its own they add up to it. Empty responses are passed over. A gold response is the row's own only if it has a column
+    for it.
     """
     (prompt,) = _texts(raw, "prompt")
-    listed = [(text, score) for text, score in _listed(raw) if not _is_empty(text)]
+    listed = [each for each in _listed(raw) if not _is_empty(each.text)]
     if not listed:
         raise RowError("no response that isn't empty")
-    listed.sort(key=lambda pair: -pair[1])
-    joined = _joined(prompt, {**{str(i): text for i, (text, _) in enumerate(listed)}, **_gold(raw)})
+    if any(each.rewards.keys() != listed[0].rewards.keys() for each in listed):
+        raise RowError("the responses have different rewards")
+    listed.sort(key=lambda each: -each.score)
+    joined = _joined(prompt, {**{str(i): each.text for i, each in enumerate(listed)}, **_gold(raw)})
     texts = joined["responses"]
     return Draft(
         prompt=joined["prompt"],
         responses={"gold": texts["gold"]} if "gold" in texts else {},
         scores={leg: score for leg, score in _scores(raw).items() if leg in texts},
-        candidates=tuple(Candidate(text=texts[str(i)], score=score) for i, (_, score) in enumerate(listed)),
+        candidates=tuple(replace(each, text=texts[str(i)]) for i, each in enumerate(listed)),
     )
 
 
@@ -248,21 +253,29 @@ def _after(prompt: str, responses: Mapping[str, Text]) -> dict[str, Text]:
     return cut
 
 
-def _listed(raw: Mapping[str, Any]) -> list[tuple[Text, float]]:
+def _listed(raw: Mapping[str, Any]) -> list[Candidate]:
     responses, scores = raw.get("responses"), raw.get("scores")
     if not isinstance(responses, list):
         raise RowError("responses is not a list")
     if scores is None:
-        if not all(isinstance(entry, Mapping) and {"text", "score"} <= entry.keys() for entry in responses):
-            raise RowError("a response without text or score")
-        pairs = [(entry["text"], entry["score"]) for entry in responses]
+        entries = [entry if isinstance(entry, Mapping) else {} for entry in responses]
     else:
         if not isinstance(scores, list) or len(scores) != len(responses):
             raise RowError("responses and scores are not equally many")
-        pairs = list(zip(responses, scores, strict=True))
-    if not all(is_text(text) for text, _ in pairs):
+        entries = [{"text": text, "score": score} for text, score in zip(responses, scores, strict=True)]
+    if not all("text" in entry and {"score", "scores"} & entry.keys() for entry in entries):
+        raise RowError("a response without text or score")
+    if not all(is_text(entry["text"]) for entry in entries):
         raise RowError("a response that is not text")
-    return [(text_in(text, "a response"), number_in(score, "score")) for text, score in pairs]
+    return [_candidate(entry) for entry in entries]
+
+
+def _candidate(entry: Mapping[str, Any]) -> Candidate:
+    text, score = text_in(entry["text"], "a response"), entry.get("score")
+    rewards = rewards_in(entry.get("scores"), "a reward")
+    if score is None and rewards:
+        return Candidate(text=text, score=math.fsum(rewards.values()), rewards=rewards)
+    return Candidate(text=text, score=number_in(score, "score"), rewards=rewards)
 
 
 def _scores(raw: Mapping[str, Any]) -> dict[str, float]:

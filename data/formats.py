@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data.cells import RowError, number_in
+from data.cells import RowError, group_in, number_in
 from data.convert import (
     ASSISTANT,
     Draft,
@@ -69,6 +69,7 @@ def to_row(
         if as_chat:
             draft = checked(form.to_chat(draft))
         own = {name: number_in(raw[name], name) for name in attributes if raw.get(name) not in (None, "")}
+        group = group_in(raw.get("group"))
     except RowError as error:
         return RowProblem(source=source, index=index, reason=str(error))
     return Row(
@@ -77,6 +78,7 @@ def to_row(
         scores={**draft.scores, **own},
         label=draft.label,
         candidates=draft.candidates,
+        group=group,
         source=source,
         index=index,
     )
@@ -163,7 +165,8 @@ def _fits_scored(kinds: Kinds, _: Sequence[Mapping[str, Any]]) -> bool:
     if _could_be(kinds, "responses", "list of text") and _could_be(kinds, "scores", "list of number"):
         return True
     entries = [kind for kind in kinds.get("responses", ()) if kind.startswith("list of {")]
-    return any({"text", "score"} <= set(kind[len("list of {") : -1].split(", ")) for kind in entries)
+    keys = [set(kind[len("list of {") : -1].split(", ")) for kind in entries]
+    return any("text" in own and {"score", "scores"} & own for own in keys)
 
 
 FORMATS: Mapping[str, Format] = {
@@ -246,6 +249,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "responses": ("completions", "candidates", "generations", "outputs", "answers"),
     "scores": ("ratings", "rewards"),
     "margin": (),
+    "group": ("subset", "category"),
     **{name: () for leg in ("chosen", "rejected", "gold") for name in (f"score_{leg}", f"{leg}_score")},
 }
 """Our columns, and what others call them."""
@@ -282,6 +286,9 @@ def _guesses(kinds: Kinds) -> Iterator[dict[str, str]]:
                 break
             mapping[ours] = theirs
         else:
+            free = [name for name in COLUMNS["group"] if name in kinds and name not in mapping.values()]
+            if free and "group" not in kinds:
+                mapping["group"] = free[0]  # what evaluation can report apart
             # Types must fit too, or the mapping would lead to the same error again.
             rename = {theirs: ours for ours, theirs in mapping.items()}
             renamed = {rename.get(column, column): seen for column, seen in kinds.items()}

@@ -21,6 +21,7 @@ from filelock import FileLock
 from data.chat import template_fingerprint
 from data.errors import DataError
 from data.formats import RowProblem
+from data.rescoring import check_transforms, name_of, rescored, told
 from data.shapes import (
     COMPLETION,
     MISMATCHED,
@@ -36,6 +37,7 @@ from data.sources import LoadedRows, Source, load_rows, mix
 from data.store import FORMAT, TokenTable, cache_dir, digest, write_folder
 from data.tokens import Dropped, TokenPolicy, TokenRow, TokenStats, tokenize_rows
 from objectives.relabel import LeftOut, Relabeler
+from objectives.reward_transforms import RewardTransform
 from objectives.rows import Row
 
 if TYPE_CHECKING:
@@ -60,6 +62,8 @@ class DataSpec:
     """Scores each row needs: of legs, or attributes of the completion."""
     rule: Rule = field(default_factory=Rule)
     """How scored responses become pairs."""
+    reward_transforms: tuple[RewardTransform, ...] = ()
+    """What becomes of the scores of a prompt's responses before that, one after the other."""
     relabel: tuple[Relabeler, ...] = ()
     """Each maps a row to the rows that replace it, one after the other."""
 
@@ -113,16 +117,21 @@ class Gathered:
 
 
 def read_sources(spec: DataSpec) -> Gathered:
-    """Training and evaluation rows: read, held out, given their legs, relabelled, mixed. Needs no tokenizer, no model.
+    """Training and evaluation rows: read, rescored, given their legs, held out, relabelled, mixed. Needs no tokenizer.
 
     Raises:
-        DataError: see ``load_rows``, ``arrange`` and ``with_mismatched``; also when rule or relabelers don't go with
-            data or objective.
+        DataError: see ``load_rows``, ``rescored``, ``arrange`` and ``with_mismatched``; also when rule, reward
+            transforms or relabelers don't go with data or objective.
     """
+    check_transforms(spec.reward_transforms)
     loaded = [load_rows(source, limit=spec.max_rows) for source in spec.train]
     evaluated = [] if spec.eval is None else [load_rows(spec.eval, limit=spec.max_rows)]
     legs = _legs_to_arrange(spec)
     _refuse_idle_rule(spec, [*loaded, *evaluated], legs)
+    as_read = [*loaded, *evaluated]
+    if spec.reward_transforms:
+        new = _rescored(as_read, spec, legs)
+        loaded, evaluated = new[: len(loaded)], new[len(loaded) :]
     problems: list[RowProblem] = []
 
     def arranged(each: LoadedRows) -> LoadedRows:
@@ -170,6 +179,7 @@ def read_sources(spec: DataSpec) -> Gathered:
             "rule": spec.rule.name
             if _any_scored([*loaded, *evaluated]) and rule_matters(legs, labels=spec.labels)
             else None,
+            **told(as_read, [*loaded, *evaluated], spec.reward_transforms),
         },
         kept_share=math.prod(1 - missing / max(total, 1) for missing, total in lost),
     )
@@ -221,6 +231,36 @@ def _refuse_idle_rule(spec: DataSpec, loaded: Sequence[LoadedRows], legs: Sequen
         raise DataError(
             "data.margin has no effect: with data.rule threshold every response gets a label; leave data.margin out"
         )
+
+
+def _rescored(loaded: Sequence[LoadedRows], spec: DataSpec, legs: Sequence[str]) -> list[LoadedRows]:
+    """The rows with the scores of their candidates transformed, which must make a difference to training."""
+    found = rescored(loaded, spec.reward_transforms)
+    after = _what_is_read(found, spec, legs)
+    try:
+        idle = _what_is_read(loaded, spec, legs) == after
+    except DataError:  # without them the rows could not be used
+        idle = False
+    if idle:
+        names = ", ".join(map(name_of, spec.reward_transforms))
+        raise DataError(
+            f"{_names(spec)}: reward_transforms ({names}) have no effect: the same responses are trained on as without "
+            "them, and nothing reads their scores; change them, or leave them out"
+        )
+    return found
+
+
+def _what_is_read(loaded: Sequence[LoadedRows], spec: DataSpec, legs: Sequence[str]) -> list[Any]:
+    """All that training reads of rows."""
+    found: list[Any] = []
+    for each in loaded:
+        rows, problems = arrange(
+            each.rows, legs=legs, labels=spec.labels, rule=spec.rule, seed=spec.seed, scores=spec.scores
+        )
+        wanted = None if spec.relabel else set(spec.scores)
+        scores = [{k: v for k, v in row.scores.items() if wanted is None or k in wanted} for row in rows]
+        found += [[(row.responses, row.label) for row in rows], scores, problems]
+    return found
 
 
 def _divided(rows: Sequence[Row], prompts: Set[str]) -> tuple[list[Row], list[Row]]:

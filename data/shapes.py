@@ -149,7 +149,10 @@ def objectives_for(kinds: Iterable[RowsKind]) -> list[str]:
     names = []
     for name in OBJECTIVES.names():
         needs = example(OBJECTIVES[name]).needs
-        if not any(kind.missing(needs.legs, labels=needs.labels, scores=needs.scores) for kind in kinds):
+        attributes = {score for score in needs.scores if score not in (*PAIR, "gold")}
+        rated = all(kind.scored and attributes == {SCORE} or attributes <= kind.scores for kind in kinds)
+        lacking = (kind.missing(needs.legs, labels=needs.labels, scores=needs.scores) for kind in kinds)
+        if rated and not any(lacking):
             names.append(name)
     return names
 

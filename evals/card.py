@@ -22,7 +22,7 @@ from evals.metrics import METRICS
 from evals.redact import is_hub_id, public, scrub, shown_name
 from evals.results import Result, write_atomically
 from evals.run_files import RunFiles, read_run
-from evals.summary import headline, notes, show, show_interval, unit_of
+from evals.summary import calibration, headline, notes, of_part, parts, show, show_interval, unit_of, whole
 
 LEADING = (
     "ranking/accuracy",
@@ -30,8 +30,12 @@ LEADING = (
     "ranking/gain",
     "rewards/accuracies",
     "displacement/chosen",
+    "reward_model/accuracy",
+    "reward_model/ece",
+    "reward_model/absolute_error",
+    "reward_model/spearman",
 )
-"""Of the ranking metrics, those that go into the metadata; the table in the card has them all."""
+"""Of our own metrics, those that go into the metadata; the table in the card has them all."""
 TAGS = ("generated_from_trainer", "preference-alignment", "align-preferences")
 MOST_REASONS = 30
 """Reasons for dropping rows that are listed; the rest is one line."""
@@ -73,6 +77,8 @@ class CardInfo:
     """ISO 639-1 codes of the training data, if known."""
     repo_id: str = ""
     """Where it will be on the Hub, for the quick start."""
+    outputs: Sequence[str] = ()
+    """Names of a scalar head's outputs, all of them in order; empty for a language model."""
 
     def __post_init__(self) -> None:
         if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", self.license):
@@ -146,6 +152,7 @@ def _context(run: RunFiles, info: CardInfo, name: str) -> dict[str, Any]:
         "formula": code_block(public(info.formula), "text"),
         "citation": public(info.citation),
         "headline": headline(run),
+        "reward_model": bool(info.outputs),
         "quick_start": code_block(_quick_start(run, info), "python"),
         "rows": data.get("rows") or {},
         "dropped": dropped[:MOST_REASONS],
@@ -154,8 +161,12 @@ def _context(run: RunFiles, info: CardInfo, name: str) -> dict[str, Any]:
         "dataset_hash": data.get("dataset_hash"),
         "settings": _flat(scrub(run.recipe)),
         "steps": run.steps,
-        "results": [(r, METRICS[r.metric].label if r.metric in METRICS else "") for r in _final(run)],
+        "results": [(r, METRICS[r.metric].label if r.metric in METRICS else "") for r in _shown(run)],
+        "parts": parts(run),
+        "part_metrics": list(dict.fromkeys(metric for part in parts(run) for metric in part.cells)),
+        "calibration": calibration(run),
         "shown_name": shown_name,
+        "public": public,
         "unit": lambda metric: {"share": "", "points": "", "nats": "nats"}.get(unit_of(metric), ""),
         "checks": [scrub(check) for check in run.checks],
         "resumes": [public(line) for line in info.resumes],
@@ -176,11 +187,13 @@ def _front_matter(run: RunFiles, info: CardInfo, name: str) -> str:
     on_hub = is_hub_id(info.base_model)
     results = [
         EvalResult(
-            task_type="text-generation",
-            task_name="Preference ranking" if r.metric in METRICS else "Evaluation",
+            task_type=_task(info),
+            task_name=("Reward modelling" if info.outputs else "Preference ranking")
+            if r.metric in METRICS
+            else "Evaluation",
             dataset_type=r.dataset if is_hub_id(r.dataset) else _slug(shown_name(r.dataset)),
             dataset_name=shown_name(r.dataset),
-            dataset_split=r.split,
+            dataset_split=public(r.split),
             metric_type=r.metric,
             metric_name=METRICS[r.metric].label if r.metric in METRICS else r.metric,
             metric_value=r.value,
@@ -197,8 +210,8 @@ def _front_matter(run: RunFiles, info: CardInfo, name: str) -> str:
         library_name="peft" if info.adapter else "transformers",
         license=info.license,
         language=list(info.language) or None,
-        pipeline_tag="text-generation",
-        tags=[*TAGS, *objectives],
+        pipeline_tag=_task(info),
+        tags=[*TAGS, *(["reward-model"] if info.outputs else []), *objectives],
         model_name=name,
         eval_results=results or None,
     )
@@ -216,7 +229,7 @@ def _write_eval_results(folder: Path, results: Sequence[Result]) -> None:
                 dataset_id=dataset,
                 task_id=r.metric.replace("/", "_"),
                 value=r.value,
-                notes=f"split {r.split}, step {r.step}, n {r.n} in {r.clusters} prompts, "
+                notes=f"split {public(r.split)}, step {r.step}, n {r.n} in {r.clusters} prompts, "
                 f"95 % {show_interval(r.metric, r.low, r.high)} ({r.interval})",
             )
             for r in results
@@ -236,6 +249,16 @@ def _final(run: RunFiles) -> list[Result]:
     return list(latest.values())
 
 
+def _shown(run: RunFiles) -> list[Result]:
+    """Those of the large table: of a reward model, parts of the rows have a table of their own."""
+    together = whole(run)
+    return [r for r in _final(run) if not of_part(r, together)]
+
+
+def _task(info: CardInfo) -> str:
+    return "text-classification" if info.outputs else "text-generation"
+
+
 def _leading(result: Result) -> bool:
     return result.metric in LEADING or result.metric not in METRICS
 
@@ -243,16 +266,23 @@ def _leading(result: Result) -> bool:
 def _quick_start(run: RunFiles, info: CardInfo) -> str:
     where = json.dumps(info.repo_id) if info.repo_id else '"."  # this folder, or its id on the Hub'
     chat = (run.path / "chat_template.jinja").exists()
-    loader = "AutoPeftModelForCausalLM" if info.adapter else "AutoModelForCausalLM"
+    kind = "SequenceClassification" if info.outputs else "CausalLM"
+    loader = f"AutoPeftModelFor{kind}" if info.adapter else f"AutoModelFor{kind}"
+    # The base model of an adapter does not know how many outputs the head has.
+    heads = f", num_labels={len(info.outputs)}" if info.outputs and info.adapter else ""
     lines = [
+        *(["import torch"] if info.outputs else []),
         f"from peft import {loader}" if info.adapter else f"from transformers import {loader}, AutoTokenizer",
         *(["from transformers import AutoTokenizer"] if info.adapter else []),
         "",
         f"model_id = {where}",
         "tokenizer = AutoTokenizer.from_pretrained(model_id)",
-        f'model = {loader}.from_pretrained(model_id, device_map="auto")',
-        "",
+        f'model = {loader}.from_pretrained(model_id{heads}, device_map="auto")',
+        *_scoring(info.outputs, chat=chat),
     ]
+    if info.outputs:
+        return "\n".join(lines)
+    lines.append("")
     if chat:
         lines += [
             'messages = [{"role": "user", "content": "How do I keep bread fresh?"}]',
@@ -267,6 +297,38 @@ def _quick_start(run: RunFiles, info: CardInfo) -> str:
         'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]
     return "\n".join(lines)
+
+
+def _scoring(outputs: Sequence[str], *, chat: bool) -> list[str]:
+    """The second half of a reward model's quick start, which tokenises as training did: one end token, at the end."""
+    if not outputs:
+        return []
+    question, answer = '"How do I keep bread fresh?"', '"Wrap it in a cloth."'
+    if chat:
+        lines = [
+            "messages = [",
+            f'    {{"role": "user", "content": {question}}},',
+            f'    {{"role": "assistant", "content": {answer}}},',
+            "]",
+            "text = tokenizer.apply_chat_template(messages, tokenize=False).rstrip()",
+            "if not text.endswith(tokenizer.eos_token):",
+            "    text += tokenizer.eos_token",
+        ]
+    else:
+        lines = [f'text = {question} + " " + {answer} + tokenizer.eos_token']
+    special = ", add_special_tokens=False" if chat else ""
+    lines = [
+        "model.config.pad_token_id = None  # one text at a time: its last token holds the score",
+        "",
+        *lines,
+        f'inputs = tokenizer(text{special}, return_tensors="pt").to(model.device)',
+        "with torch.no_grad():",
+        '    scores = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[0]',
+    ]
+    if len(outputs) == 1:
+        return [*lines, "print(scores.item())"]
+    names = json.dumps(list(outputs), ensure_ascii=False)
+    return [*lines, f"for name, score in zip({names}, scores.tolist()):", "    print(name, score)"]
 
 
 def _link(name: str, kind: str) -> Raw:

@@ -7,7 +7,7 @@ light or dark mode, and weighs a hundred times as much.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,6 +134,39 @@ def whisker(value: float, low: float, high: float, *, span: tuple[float, float],
         f'<line class="grid" x1="{edge}" x2="{width - edge}" y1="7" y2="7"/>'
         f'<line class="bar c{colour}" x1="{x(low):.1f}" x2="{x(high):.1f}" y1="7" y2="7"/>'
         f'<circle class="dot c{colour}" cx="{x(value):.1f}" cy="7" r="3.4"/></svg>'
+    )
+
+
+def reliability(bins: Sequence[Mapping[str, float]]) -> Markup:
+    """Share that is right over confidence, both from 0 to 1, a dot for each bin with an area by its number of pairs.
+
+    Args:
+        bins: as ``evals.reward_model.reliability`` makes them.
+    """
+    most = max(bin["n"] for bin in bins)
+
+    def x(confidence: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * (confidence - 0.48) / 0.54
+
+    def y(share: float) -> float:
+        return TOP + (HEIGHT - TOP - BOTTOM) * (1.04 - share) / 1.08
+
+    parts: list[str] = []
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(share):.1f}" y2="{y(share):.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y(share) + 3.5:.1f}" text-anchor="end">{share:.0%}</text>')
+    for share in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
+        parts.append(f'<text class="tick" x="{x(share):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{share:.0%}</text>')
+    parts.append(f'<line class="mark" x1="{x(0.5):.1f}" x2="{x(1):.1f}" y1="{y(0.5):.1f}" y2="{y(1):.1f}"/>')
+    for bin in bins:
+        parts.append(
+            f'<circle class="dot c0" cx="{x(bin["confidence"]):.1f}" cy="{y(bin["accuracy"]):.1f}" '
+            f'r="{1.5 + 6.5 * math.sqrt(bin["n"] / most):.1f}"><title>{show_number(bin["n"])} pairs, confidence '
+            f"{show_share(bin['confidence'])}: {show_share(bin['accuracy'])} right</title></circle>"
+        )
+    return Markup(
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Share that is right over confidence">'
+        f"{''.join(parts)}</svg>"
     )
 
 

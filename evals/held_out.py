@@ -1,19 +1,30 @@
-"""Held-out rows during training: from per-row sums to estimates."""
+"""Held-out rows during training: from per-row numbers to estimates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from data.preparation import Split
+from evals import reward_model
 from evals.labelled import measure
 from evals.ranking import Pairs, rank
 from evals.results import Result, as_metrics
 
+MOST_GROUPS = 100
+"""Groups of rows that are reported apart, the largest ones: a page of more is read by nobody."""
+
 
 class HeldOut:
-    """Ranking accuracy of policy and reference, displacement and flow, at every evaluation of a run.
+    """What the objective's rows allow to measure, at every evaluation of a run.
+
+    Of pairs: ranking accuracy of policy and reference, displacement and flow. Of labelled completions: how well the two
+    classes were told apart. Of reward models: accuracy and calibration of scores, errors of ratings. Rows of each
+    ``Row.group`` are also reported apart, as a split of their own, and where rows come from several datasets, so is
+    each of these.
 
     Args:
         split: the held-out rows; gives each row's prompt, by which intervals are clustered.
@@ -33,27 +44,55 @@ class HeldOut:
         """Estimates of one evaluation, as flat metrics; kept in ``results`` too.
 
         Args:
-            sums: ``row``, and ``policy_<leg>``, ``ref_<leg>``, ``length_<leg>`` per row, in any order.
+            sums: ``row``, and ``policy_<leg>``, ``ref_<leg>``, ``length_<leg>`` per row, in any order; of reward models
+                ``value_<leg>/<output>``, and ``score_<name>`` where rows have ratings.
             step: optimizer steps taken.
         """
         self.last_step = step
         # Sorted by row, so that floating-point sums do not depend on how rows were distributed.
         order = np.argsort(sums["row"], kind="stable")
         by_row = {name: values[order] for name, values in sums.items()}
-        found = self._measure(by_row, self.name, step)
-        groups = np.array([self.split.groups[row] for row in by_row["row"]]) if self.split.groups else np.array([])
-        names = [str(group) for group in dict.fromkeys(groups.tolist())]
+        found = self._measure(by_row, self.dataset, self.name, step)
+        groups, left_out = self._groups(by_row["row"])
+        if found and left_out:
+            found[0] = replace(found[0], extra={**found[0].extra, "groups_left_out": left_out})
         apart: list[Result] = []
-        if len(names) > 1:
-            for name in names:
-                own = {key: values[groups == name] for key, values in by_row.items()}
-                apart += self._measure(own, f"{self.name}, {name or 'other'}", step)
+        for dataset, name, members in [*self._sources(by_row["row"]), *groups]:
+            own = {key: values[members] for key, values in by_row.items()}
+            apart += self._measure(own, dataset, name, step, part=True)
+        if _of_reward_model(by_row):
+            apart += reward_model.apart(by_row, self._prompts(by_row), dataset=self.dataset, split=self.name, step=step)
         self.results = [result for result in self.results if result.step != step] + found + apart
         self.keep(self.results)
         return as_metrics(found)
 
-    def _measure(self, by_row: Mapping[str, np.ndarray], name: str, step: int) -> list[Result]:
-        prompts = self.split.prompts[by_row["row"]].tolist()
+    def _sources(self, rows: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
+        """Dataset, split and rows of each dataset, where there are several."""
+        sources = np.array([self.split.where[row][0] for row in rows])
+        names = list(dict.fromkeys(sources.tolist()))
+        if len(names) > 1:
+            yield from ((name, self.name, sources == name) for name in names)
+
+    def _groups(self, rows: np.ndarray) -> tuple[list[tuple[str, str, np.ndarray]], int]:
+        """Dataset, split and rows of each group, where there are several, and how many groups are left out."""
+        groups = np.array([self.split.groups[row] for row in rows] if self.split.groups else [])
+        sizes = Counter(groups.tolist())
+        if len(sizes) < 2:
+            return [], 0
+        kept = [name for name, _ in sizes.most_common(MOST_GROUPS)]
+        return [
+            (self.dataset, f"{self.name}, {name or 'other'}", groups == name) for name in sizes if name in set(kept)
+        ], len(sizes) - len(kept)
+
+    def _prompts(self, by_row: Mapping[str, np.ndarray]) -> list[int]:
+        return self.split.prompts[by_row["row"]].tolist()
+
+    def _measure(
+        self, by_row: Mapping[str, np.ndarray], dataset: str, name: str, step: int, *, part: bool = False
+    ) -> list[Result]:
+        prompts = self._prompts(by_row)
+        if _of_reward_model(by_row):
+            return reward_model.measure(by_row, prompts, dataset=dataset, split=name, step=step, part=part)
         if {"policy_chosen", "policy_rejected"} <= set(by_row):
             pairs = Pairs(
                 policy_chosen=by_row["policy_chosen"],
@@ -64,7 +103,7 @@ class HeldOut:
                 ref_chosen=by_row.get("ref_chosen"),
                 ref_rejected=by_row.get("ref_rejected"),
             )
-            return rank(pairs).results(dataset=self.dataset, split=name, step=step)
+            return rank(pairs).results(dataset=dataset, split=name, step=step)
         labels = self.split.table.labels
         if labels is not None and {"policy_completion", "ref_completion"} <= set(by_row):
             return measure(
@@ -72,8 +111,12 @@ class HeldOut:
                 by_row["ref_completion"],
                 np.asarray(labels, dtype=bool)[by_row["row"]],
                 prompts,
-                dataset=self.dataset,
+                dataset=dataset,
                 split=name,
                 step=step,
             )
         return []  # supervised rows have nothing to rank
+
+
+def _of_reward_model(by_row: Mapping[str, np.ndarray]) -> bool:
+    return any(name.startswith("value_") for name in by_row)

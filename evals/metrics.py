@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from evals import labelled, ranking, worlds
+from evals import labelled, ranking, reward_model, worlds
 from evals.ranking import Metric
 
-METRICS: Mapping[str, Metric] = {**ranking.METRICS, **labelled.METRICS, **worlds.METRICS}
+METRICS: Mapping[str, Metric] = {
+    **ranking.METRICS,
+    **labelled.METRICS,
+    **reward_model.METRICS,
+    **worlds.METRICS,
+}

@@ -16,12 +16,24 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from evals.curves import SMOOTH_FROM, Series, panel, show_number, show_share, whisker
+from evals.curves import SMOOTH_FROM, Series, panel, reliability, show_number, show_share, whisker
 from evals.metrics import METRICS
 from evals.redact import public, redact, scrub, shown_name
 from evals.results import Result, write_atomically
 from evals.run_files import RunFiles, read_run
-from evals.summary import Point, headline, notes, show, show_interval, unit_of
+from evals.summary import (
+    Point,
+    calibration,
+    headline,
+    is_reward_model,
+    notes,
+    of_part,
+    parts,
+    show,
+    show_interval,
+    unit_of,
+    whole,
+)
 
 MOST_ROWS = 50
 """Dropped rows listed by name; all of them are counted."""
@@ -48,6 +60,7 @@ def write_report(run_dir: Path) -> Path:
         lstrip_blocks=True,
     )
     environment.globals.update(show=show, show_interval=show_interval, show_number=show_number, show_share=show_share)
+    environment.globals.update(public=public)
     page = environment.get_template("report.html.jinja").render(**_context(run))
     path = run_dir / "report.html"
     # Inputs are redacted one by one; a token's shape survives escaping, so the whole page is looked through once more.
@@ -66,6 +79,8 @@ class _Panel:
 def _context(run: RunFiles) -> dict[str, Any]:
     top = headline(run)
     points = [p for p in ((top.before, top.after) if top else ()) if p is not None]
+    of_parts, curve = parts(run), calibration(run)
+    metrics = list(dict.fromkeys(metric for part in of_parts for metric in part.cells))
     span = _span([v for p in points for v in (p.value, p.low, p.high) if v is not None] + [0.5])
     return {
         "title": _title(run),
@@ -82,8 +97,14 @@ def _context(run: RunFiles) -> dict[str, Any]:
         "panels": _panels(run),
         "smooth_from": SMOOTH_FROM,
         "results": [(_label(r), r, _bar(r)) for r in _ends(run)],
-        "between": len(run.results.results) - len(_ends(run)) if run.results else 0,
-        "with_datasets": len({(r.dataset, r.split) for r in (run.results.results if run.results else ())}) > 1,
+        "between": len(run.results.results) - len(_ends(run)) - sum(len(part.cells) for part in of_parts)
+        if run.results
+        else 0,
+        "parts": [(part, _bar(part.cells[metrics[0]]) if metrics[0] in part.cells else None) for part in of_parts],
+        "part_metrics": metrics,
+        "calibration": curve,
+        "reliability": reliability(curve.bins) if curve else "",
+        "with_datasets": len({(r.dataset, r.split) for r in _ends(run)}) > 1,
         "name": shown_name,
         "data": scrub(run.data),
         "dropped": sorted((run.data.get("dropped") or {}).items(), key=lambda item: -item[1]),
@@ -100,8 +121,12 @@ def _context(run: RunFiles) -> dict[str, Any]:
 
 
 def _ends(run: RunFiles) -> list[Result]:
-    """Results of the first and the last evaluation, metric by metric; the curves show those in between."""
-    results = list(run.results.results) if run.results else []
+    """Results of the first and the last evaluation, metric by metric; the curves show those in between.
+
+    Those of parts of a reward model's rows have a table of their own.
+    """
+    together = whole(run)
+    results = [r for r in (run.results.results if run.results else ()) if not of_part(r, together)]
     steps = {result.step for result in results}
     kept = [result for result in results if result.step in (min(steps), max(steps))]
     order = {metric: i for i, metric in enumerate(dict.fromkeys(result.metric for result in results))}
@@ -168,6 +193,7 @@ def _panels(run: RunFiles) -> list[_Panel]:
     ]
     loss += [_series(run, key, key, 2 + i % 3) for i, key in enumerate(terms)]
     accuracy = [_series(run, "rewards/accuracies", "rewards", 0), _series(run, "ranking/accuracy", "ranking", 2)]
+    of_scores = is_reward_model(run)
     specs: list[tuple[str, str, list[Series | None], dict[str, Any]]] = [
         (
             "Held-out ranking accuracy",
@@ -181,10 +207,39 @@ def _panels(run: RunFiles) -> list[_Panel]:
             displaced,
             {"mark": 0.0},
         ),
+        (
+            "Held-out accuracy",
+            "How often the chosen response has the higher score. Band: 95 %.",
+            [_series(run, "eval/reward_model/accuracy", "accuracy", 0)],
+            {"share": True, "mark": 0.5},
+        ),
+        (
+            "Held-out calibration error",
+            "How far accuracy is from confidence; with few pairs it is never zero. Band: 95 %.",
+            [_series(run, "eval/reward_model/ece", "ECE", 1)],
+            {"share": True},
+        ),
+        (
+            "Held-out errors of ratings",
+            "In units of the ratings, over all attributes. Band: 95 %.",
+            [
+                _series(run, "eval/reward_model/absolute_error", "absolute", 0),
+                _series(run, "eval/reward_model/rmse", "root mean square", 1),
+            ],
+            {},
+        ),
+        (
+            "Held-out rank correlation",
+            "Of predicted with given ratings. Band: 95 %.",
+            [_series(run, "eval/reward_model/spearman", "Spearman", 0)],
+            {"mark": 0.0},
+        ),
         ("Loss", "As the objective defines it, over whole optimizer steps.", loss, {}),
         (
             "Reward margin",
-            "β-scaled log-ratio, chosen minus rejected.",
+            "Score of the chosen response minus that of the rejected one."
+            if of_scores
+            else "β-scaled log-ratio, chosen minus rejected.",
             [_series(run, "rewards/margins", "training", 0)],
             {"mark": 0.0},
         ),

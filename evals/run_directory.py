@@ -14,7 +14,9 @@ from typing import Any
 from align import checks
 from align.build import Run
 from align.errors import RecipeError, RunError
+from align.forward import causal_lm
 from align.recipe import Recipe
+from align.value_head import output_names
 from data.chat import template_fingerprint
 from evals import hub
 from evals.card import CardInfo, write_card
@@ -95,7 +97,10 @@ def finish(run: Run, output_dir: Path, results: Sequence[Result], command: str, 
     write_report(output_dir)
     recipe = run.recipe
     names = [entry.name for entry in recipe.objectives]
-    sections = (recipe.objectives, recipe.modifiers, recipe.token_weights, recipe.regularizers, recipe.relabel)
+    sections = (
+        *(recipe.objectives, recipe.modifiers, recipe.token_weights),
+        *(recipe.regularizers, recipe.relabel, recipe.reward_transforms),
+    )
     parts = [entry.built for section in sections for entry in section]
     data = recipe.data
     write_card(
@@ -112,6 +117,7 @@ def finish(run: Run, output_dir: Path, results: Sequence[Result], command: str, 
             versions=_versions(),
             resumes=_read(output_dir / RESUMES, []),
             repo_id=recipe.hub.hub_model_id or "",
+            outputs=output_names(causal_lm(run.trainer.unwrapped).config) if recipe.trains_reward_model else (),
         ),
     )
     say(f"done: {output_dir}/report.html, {output_dir}/README.md")

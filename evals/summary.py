@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from evals.curves import show_number, show_share
 from evals.metrics import METRICS
 from evals.ranking import Metric
-from evals.redact import shown_name
+from evals.redact import public, shown_name
 from evals.results import Result
 from evals.run_files import RunFiles
+from objectives import OBJECTIVES
+from objectives.needs import Needs
+
+REWARD_MODEL = "reward_model/"
+"""What the names of a reward model's metrics begin with."""
+
+HEADLINES = {
+    "ranking/accuracy": ("Ranking accuracy", "gives the chosen response more probability than the rejected one"),
+    "reward_model/accuracy": ("Accuracy", "scores the chosen response above the rejected one"),
+}
+"""Metrics that a run can come down to, with a name and what the model does in that share of pairs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,14 +39,54 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Headline:
-    """Ranking accuracy before and after."""
+    """Accuracy on held-out pairs, before and after."""
 
+    metric: str
+    """One of ``HEADLINES``."""
     before: Point | None
     after: Point
     gain: Point | None
     """The difference on the same pairs, whose interval is narrower than the two intervals suggest."""
     where: str
     """Dataset and split."""
+
+    @property
+    def title(self) -> str:
+        """What is measured."""
+        return HEADLINES[self.metric][0]
+
+    @property
+    def does(self) -> str:
+        """What the model does in that share of pairs."""
+        return HEADLINES[self.metric][1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Some of a reward model's held-out rows: a subset, a dataset, a strength of preference, an attribute."""
+
+    name: str
+    cells: Mapping[str, Result]
+    """Result by metric."""
+
+    @property
+    def n(self) -> int:
+        """Pairs or ratings among them."""
+        return max(result.n for result in self.cells.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """Whether a reward model's differences of scores can be believed."""
+
+    error: Result
+    """``reward_model/ece``, over all held-out pairs."""
+    temperature: Result | None
+
+    @property
+    def bins(self) -> Sequence[Mapping[str, float]]:
+        """As ``evals.reward_model.reliability`` made them."""
+        return self.error.extra["bins"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +99,11 @@ class Note:
 
 
 def headline(run: RunFiles) -> Headline | None:
-    """From ``results.json`` if it has a ranking, else from the evaluation lines of ``metrics.jsonl``, else None."""
-    after = run.result("ranking/accuracy")
-    if after is not None:
+    """From ``results.json`` if it has an accuracy, else from the evaluation lines of ``metrics.jsonl``, else None."""
+    for metric in HEADLINES:
+        after = run.result(metric)
+        if after is None:
+            continue
         # The pairs are the same, so the untrained policy is either an earlier result or the reference of this one.
         assert run.results is not None
         earlier = [
@@ -59,16 +112,72 @@ def headline(run: RunFiles) -> Headline | None:
             if (r.metric, r.dataset, r.split) == (after.metric, after.dataset, after.split) and r.step < after.step
         ]
         first = min(earlier, key=lambda r: r.step, default=None)
-        reference = run.result("ranking/reference", like=after)
+        ranked = metric == "ranking/accuracy"
+        reference = run.result("ranking/reference", like=after) if ranked else None
         before = _point(first, f"step {first.step}") if first else _point(reference, "reference")
-        gain = _point(run.result("ranking/gain", like=after), "gain")
-        where = f"{shown_name(after.dataset)}, {after.split}"
-        return Headline(before=before, after=_must(_point(after, f"step {after.step}")), gain=gain, where=where)
-    lines = [line for line in run.metrics if math.isfinite(_value(line, "eval/ranking/accuracy"))]
-    if not lines:
+        gain = _point(run.result("ranking/gain", like=after), "gain") if ranked else None
+        where = f"{shown_name(after.dataset)}, {public(after.split)}"
+        point = _must(_point(after, f"step {after.step}"))
+        return Headline(metric=metric, before=before, after=point, gain=gain, where=where)
+    for metric in HEADLINES:
+        lines = [line for line in run.metrics if math.isfinite(_value(line, f"eval/{metric}"))]
+        if lines:
+            before = _from_line(lines[0], metric) if len(lines) > 1 else None
+            after = _from_line(lines[-1], metric)
+            return Headline(metric=metric, before=before, after=after, gain=None, where="held-out pairs")
+    return None
+
+
+def is_reward_model(run: RunFiles) -> bool:
+    """Whether the run trained a scalar head, by the objectives of its recipe."""
+    return any(name in OBJECTIVES and _needs(OBJECTIVES[name]).values for name in run.objectives)
+
+
+def whole(run: RunFiles) -> list[Result]:
+    """Of a reward model, the results over all held-out rows; the others are in ``parts``."""
+    results = [r for r in (run.results.results if run.results else ()) if r.metric.startswith(REWARD_MODEL)]
+    return [r for r in results if (r.dataset, r.split) == (results[0].dataset, results[0].split)]
+
+
+def of_part(result: Result, together: Sequence[Result]) -> bool:
+    """Whether a reward model's result is not over all held-out rows.
+
+    Args:
+        result: any result.
+        together: what ``whole`` gave.
+    """
+    if not together or not result.metric.startswith(REWARD_MODEL):
+        return False
+    return (result.dataset, result.split) != (together[0].dataset, together[0].split)
+
+
+def parts(run: RunFiles) -> list[Part]:
+    """Of a reward model, the latest results on parts of the held-out rows, in the order of the results."""
+    together = whole(run)
+    if not together:
+        return []
+    assert run.results is not None
+    of_all, step = together[0], max(result.step for result in together)
+    found: dict[tuple[str, str], dict[str, Result]] = {}
+    for result in run.results.results:
+        if result.step == step and of_part(result, together):
+            found.setdefault((result.dataset, result.split), {})[result.metric] = result
+    return [
+        Part(
+            name=public(split.removeprefix(f"{of_all.split}, ")) if dataset == of_all.dataset else shown_name(dataset),
+            cells=cells,
+        )
+        for (dataset, split), cells in found.items()
+    ]
+
+
+def calibration(run: RunFiles) -> Calibration | None:
+    """Of a reward model's latest evaluation, over all pairs; None where there is none."""
+    latest = {result.metric: result for result in sorted(whole(run), key=lambda result: result.step)}
+    error = latest.get("reward_model/ece")
+    if error is None or not error.extra.get("bins"):
         return None
-    before = _from_line(lines[0]) if len(lines) > 1 else None
-    return Headline(before=before, after=_from_line(lines[-1]), gain=None, where="held-out pairs")
+    return Calibration(error=error, temperature=latest.get("reward_model/temperature"))
 
 
 def notes(run: RunFiles) -> list[Note]:
@@ -78,7 +187,7 @@ def notes(run: RunFiles) -> list[Note]:
 
 
 def unit_of(metric: str) -> str:
-    """``share``, ``points``, ``nats`` or, for metrics this package does not know, ``""``."""
+    """``share``, ``points``, ``nats`` or, for pure numbers and metrics this package does not know, ``""``."""
     return METRICS.get(metric, Metric("", "")).unit
 
 
@@ -157,20 +266,49 @@ def _number_notes(run: RunFiles) -> list[Note]:
                 "The interval of the gain in ranking accuracy includes zero: these pairs show no change either way.",
             )
         )
-    ties = run.result("ranking/ties")
-    if ties is not None and ties.value > 0.1:
-        found.append(
-            Note("remark", f"{show_share(ties.value)} of the pairs are ties for the policy; each counts one half.")
-        )
+    for metric, who in (("ranking/ties", "policy"), ("reward_model/ties", "reward model")):
+        ties = run.result(metric)
+        if ties is not None and ties.value > 0.1:
+            found.append(
+                Note("remark", f"{show_share(ties.value)} of the pairs are ties for the {who}; each counts one half.")
+            )
+    found += _temperature_notes(run)
+    left_out = [r.extra.get("groups_left_out", 0) for r in (run.results.results if run.results else ())]
+    if any(left_out):
+        found.append(Note("remark", f"{max(left_out)} smaller groups of held-out rows are not reported apart."))
     dropped = [r.extra.get("n_dropped", 0) for r in (run.results.results if run.results else ())]
     if any(dropped):
         found.append(
             Note(
                 "remark",
-                f"Up to {max(dropped)} evaluation pairs could not be scored (empty response or non-finite log-prob).",
+                f"Up to {max(dropped)} evaluation rows could not be scored (empty response or non-finite number).",
             )
         )
     return found
+
+
+def _temperature_notes(run: RunFiles) -> list[Note]:
+    found = calibration(run)
+    if found is None or found.temperature is None:
+        return []
+    best = found.temperature
+    if best.extra.get("boundary"):
+        why = "every pair is ranked right" if best.extra["boundary"] == "lowest" else "scores do not tell pairs apart"
+        return [Note("remark", f"No temperature fits the held-out pairs, because {why}: confidence can't be judged.")]
+    if best.low is None or best.high is None or best.low <= 1 <= best.high:
+        return []
+    way = "overconfident" if best.low > 1 else "underconfident"
+    return [
+        Note(
+            "remark",
+            f"Differences of scores are {way} as log-odds: divided by {show_number(best.value)} they fit the held-out "
+            "pairs best.",
+        )
+    ]
+
+
+def _needs(cls: Any) -> Needs:
+    return (cls.example() if hasattr(cls, "example") else cls()).needs
 
 
 def _data_notes(data: Mapping[str, Any]) -> list[Note]:
@@ -207,12 +345,12 @@ def _must(point: Point | None) -> Point:
     return point
 
 
-def _from_line(line: Mapping[str, Any]) -> Point:
-    low, high = (_value(line, f"eval/ranking/accuracy_{end}") for end in ("low", "high"))
+def _from_line(line: Mapping[str, Any], metric: str) -> Point:
+    low, high = (_value(line, f"eval/{metric}_{end}") for end in ("low", "high"))
     known = math.isfinite(low) and math.isfinite(high)
     return Point(
         label=f"step {line['step']:g}",
-        value=_value(line, "eval/ranking/accuracy"),
+        value=_value(line, f"eval/{metric}"),
         low=low if known else None,
         high=high if known else None,
     )

@@ -13,11 +13,13 @@ from objectives import (
     links,
     modifiers,
     number_tokens,
+    plugins,
     reference_free,
     regularizers,
     relabel,
     reward_aware,
     reward_model,
+    reward_transforms,
     rpo,
     sample_weights,
     sft,
@@ -43,6 +45,7 @@ from objectives.registry import (
 )
 from objectives.regularizers import Averaging, Penalty
 from objectives.relabel import LeftOut, Relabeler, RewardAugmented
+from objectives.reward_transforms import Answers, RewardTransform
 from objectives.rows import Candidate, Message, Row, Text
 from objectives.sample_weights import SampleWeight
 from objectives.token_weights import AdaptiveWeight, MaskWeight, TokenWeight
@@ -57,6 +60,7 @@ __all__ = [
     "REWARD_TRANSFORMS",
     "TOKEN_WEIGHTS",
     "AdaptiveWeight",
+    "Answers",
     "Averaging",
     "Candidate",
     "Counts",
@@ -78,6 +82,7 @@ __all__ = [
     "Registry",
     "Relabeler",
     "RewardAugmented",
+    "RewardTransform",
     "Row",
     "SampleWeight",
     "Stateful",
@@ -98,11 +103,13 @@ __all__ = [
     "modified",
     "modifiers",
     "number_tokens",
+    "plugins",
     "reference_free",
     "regularizers",
     "relabel",
     "reward_aware",
     "reward_model",
+    "reward_transforms",
     "rpo",
     "sample_weights",
     "sft",
@@ -114,3 +121,5 @@ __all__ = [
     "weighting",
     "with_own_step",
 ]
+
+plugins.load_entry_points()

@@ -1,4 +1,4 @@
-"""What objectives, token weights and relabelers there are.
+"""What objectives, modifiers, token weights, regularizers, relabelers and reward transforms there are.
 
 python -m objectives            name, formula, needs, defaults and source of each
 python -m objectives show dpo   one in full
@@ -12,7 +12,7 @@ import argparse
 import inspect
 import sys
 
-from objectives import MODIFIERS, OBJECTIVES, REGULARIZERS, RELABELERS, TOKEN_WEIGHTS
+from objectives import MODIFIERS, OBJECTIVES, REGULARIZERS, RELABELERS, REWARD_TRANSFORMS, TOKEN_WEIGHTS
 from objectives.needs import Needs
 from objectives.programs import UNREGISTERED, compared, explained
 from objectives.registry import Registry, defaults, did_you_mean, example, field_docs, formula, source
@@ -23,6 +23,7 @@ REGISTRIES: dict[str, Registry] = {
     "token_weights": TOKEN_WEIGHTS,
     "regularizers": REGULARIZERS,
     "relabel": RELABELERS,
+    "reward_transforms": REWARD_TRANSFORMS,
 }
 """By the section of a recipe that names their entries."""
 

@@ -183,14 +183,14 @@ class LegBatch:
         return self.scores[name].detach()
 
     def whole_step(self) -> tuple[Mapping[str, Tensor], Int[Tensor, " row"]]:
-        """What is known of all rows of the step, and where this batch's rows stand in it.
+        """What is known of all rows of the step, without gradient, and where this batch's rows stand in it.
 
         Raises:
             ValueError: there was no such pass.
         """
         if self.step is None or self.place is None:
             raise ValueError("this objective couples the rows of a step: give it batch.step and batch.place")
-        return self.step, self.place
+        return {name: values.detach() for name, values in self.step.items()}, self.place
 
     @property
     def rows(self) -> int:

@@ -87,7 +87,7 @@ class BetaDPO:
         pair = pair_of(batch, beta)
         kept = chosen[place]
         # Averaged over the selected: the trainer divides by all rows of the step.
-        losses = torch.where(kept, -logsigmoid(pair.margin), 0.0) * (len(differences) / chosen.sum())
+        losses = torch.where(kept, -logsigmoid(pair.margin), 0.0) * (len(differences) / int(chosen.sum()))
         output = preference(batch, pair, losses)
         constant = losses.new_tensor(beta)
         further = {
@@ -107,12 +107,13 @@ class BetaDPO:
         identity: Int[Tensor, " step"],
     ) -> Bool[Tensor, " step"]:
         """Which rows of the step are learned from."""
-        number = max(1, int(len(differences) * (1 - self.filtered)))
+        # 10 · (1 − 0.8) is 2, whatever floating point makes of it.
+        number = max(1, int(len(differences) * (1 - self.filtered) + 1e-9))
         # At π_θ = π_ref all margins are 0, and so is σ: then all rows are equally good.
         spread = statistics["spread"].clamp(min=1e-12)
         log_weight = -0.5 * ((differences.double() - statistics["mean"]) / spread) ** 2
         # Drawing by log-weight + Gumbel noise is drawing without replacement ∝ weight (Efraimidis and Spirakis 2006).
-        uniform = _uniform(identity, self.seed, int(statistics["steps"]))
+        uniform = _uniform(_told_apart(identity, differences), self.seed, int(statistics["steps"]))
         order = (log_weight - torch.log(-torch.log(uniform))).argsort(descending=True, stable=True)
         return torch.zeros_like(differences, dtype=torch.bool).index_fill_(0, order[:number], True)
 
@@ -145,6 +146,16 @@ def _identity(leg: Leg) -> Int[Tensor, " row"]:
     """A 64-bit polynomial hash of each response's tokens."""
     powers = torch.full_like(leg.tokens, 6364136223846793005).cumprod(dim=-1)  # wraps around, as hashes do
     return torch.where(leg.mask, (leg.tokens + 1) * powers, 0).sum(dim=-1)
+
+
+def _told_apart(identity: Int[Tensor, " step"], differences: Float[Tensor, " step"]) -> Int[Tensor, " step"]:
+    """Gives each of several rows of the same tokens a number of its own, whatever their order."""
+    by_difference = differences.argsort(stable=True)
+    order = by_difference[identity[by_difference].argsort(stable=True)]
+    ordered = identity[order]
+    numbers = torch.arange(len(order), device=order.device)
+    first = torch.cat([numbers.new_zeros(1), (ordered[1:] != ordered[:-1]).long() * numbers[1:]]).cummax(dim=0).values
+    return torch.empty_like(identity).index_put_((order,), ordered + (numbers - first) * 2862933555777941757)
 
 
 def _uniform(identity: Int[Tensor, " step"], seed: int, step: int) -> Float[Tensor, " step"]:

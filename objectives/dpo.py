@@ -126,8 +126,9 @@ class DPOP:
     effect until the chosen response's likelihood falls. The fine stands inside β and inside σ; gradient flows through
     it (none where logratio(chosen) is exactly 0).
 
-    UNVERIFIED against the authors' code; formula and defaults are quoted alike by two public re-implementations. One
-    public description puts the fine outside σ, which is another loss.
+    The authors published no code; two independent re-implementations agree with this one, except that one of them lets
+    the fine's gradient through where logratio(chosen) is exactly 0, which is every row of a first step. One public
+    description puts the fine outside σ, which is another loss.
 
     References:
         Pal et al. 2024 (Smaug), arXiv:2402.13228, Eq. 3.

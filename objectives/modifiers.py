@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -145,7 +145,8 @@ class LDDPO:
 
         def shared(leg: Leg) -> Leg:
             number = leg.mask.cumsum(dim=-1)  # 1 for the first response token
-            share = torch.where(number <= common[:, None], 1.0, self.ld_alpha).to(leg.logps.dtype)
+            tail = leg.logps.new_tensor(self.ld_alpha)  # two numbers alone would make a float32 tensor
+            share = torch.where(number <= common[:, None], 1.0, tail)
             return replace(leg, share=share, ref_share=share if self.applies_to == "both" else None)
 
         changed = {name: shared(batch[name]) for name in LEGS}
@@ -224,7 +225,7 @@ class MMDPO:
     label smoothing. UNVERIFIED: the paper's k.
 
     References:
-        Zhang et al. 2025 (MM-RLHF), arXiv:2502.10391, Eq. 4.
+        Zhang et al. 2025 (MM-RLHF), arXiv:2502.10391 (dynamic reward scaling).
     """
 
     scaling: float = 0.5
@@ -272,7 +273,7 @@ class FDivergence:
         forward_kl  f′ = 1 − e^{−r}        js  f′ = log 2 + log σ(r)        alpha  f′ = (e^{(α−1)·r} − 1)/(α−1)
 
     reverse_kl is f′ = r (up to a constant), that is no modifier at all, and the limit of alpha at α → 1. Exponents are
-    capped at 80. Logged rewards stay β·logratio. For objectives on the difference of log-ratios, in which β·log Z(x)
+    capped at 40. Logged rewards stay β·logratio. For objectives on the difference of log-ratios, in which β·log Z(x)
     cancels. TRL up to 0.28 wrote alpha as (1 − e^{−α·r})/α.
 
     References:
@@ -411,21 +412,35 @@ class Modified:
             metrics |= one.metrics(batch)
         return Output(terms=terms, metrics=metrics)
 
-    def __getattr__(self, name: str) -> Any:
-        # State and step_pass are had or lacked as the inner objective has or lacks them.
-        if name not in _PREPARED:
-            raise AttributeError(name)
-        inner = getattr(object.__getattribute__(self, "objective"), name)
-        if name in ("init_state", "update"):
-            return inner
 
-        def of_prepared(batch: LegBatch) -> Mapping[str, Tensor]:
-            return inner(self._prepared(batch))
+class _WithState(Modified):
+    """Remembers what the inner objective remembers, of what modifiers make of a batch."""
 
-        return of_prepared
+    def init_state(self) -> Mapping[str, Tensor]:
+        return self.objective.init_state()  # type: ignore[attr-defined]
+
+    def observe(self, batch: LegBatch) -> Mapping[str, Tensor]:
+        return self.objective.observe(self._prepared(batch))  # type: ignore[attr-defined]
+
+    def update(self, state: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return self.objective.update(state, observed)  # type: ignore[attr-defined]
 
 
-_PREPARED = frozenset(name for protocol in (Stateful, Coupled) for name in vars(protocol) if not name.startswith("_"))
+class _WithStep(Modified):
+    """Couples rows as the inner objective does, of what modifiers make of a batch."""
+
+    def step_pass(self, batch: LegBatch) -> Mapping[str, Tensor]:
+        return self.objective.step_pass(self._prepared(batch))  # type: ignore[attr-defined]
+
+
+class _WithBoth(_WithState, _WithStep):
+    """Both."""
+
+
+def _under(objective: Objective, modifiers: Mapping[str, Modifier]) -> Modified:
+    """An objective with modifiers on it, stateful or coupled as it is itself: protocols look methods up on classes."""
+    kinds = {(True, True): _WithBoth, (True, False): _WithState, (False, True): _WithStep, (False, False): Modified}
+    return kinds[isinstance(objective, Stateful), isinstance(objective, Coupled)](objective, modifiers)
 
 
 def modified(
@@ -450,7 +465,7 @@ def modified(
             acting[key] = modifier
         else:
             refused[key] = reason
-    return (Modified(objective, acting) if acting else objective), refused
+    return (_under(objective, acting) if acting else objective), refused
 
 
 def refuse_contradictions(modifiers: Sequence[tuple[str, Modifier]]) -> None:

@@ -90,7 +90,7 @@ class NTLWAS:
 
 def _targets(leg: Leg) -> tuple[Bool[Tensor, "row token"], Float[Tensor, "row token"]]:
     """Which tokens are numbers, and their values (0 elsewhere)."""
-    value = leg.extra("number_value")
+    value = leg.extra("number_value").detach()
     numbers = leg.mask & value.isfinite()
     return numbers, value.where(numbers, 0.0)
 

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-LARGEST_EXPONENT = 80.0
-"""exp of more than this overflows float32 (and bfloat16)."""
+LARGEST_EXPONENT = 40.0
+"""The square of exp of more than 44 overflows float32, and some losses are squares."""
 
 
 def log1mexp(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

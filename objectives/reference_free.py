@@ -133,8 +133,8 @@ class AlphaPO:
 
     averaged over rows. Two responses of equal log-prob per token cost log(1 + e^γ).
 
-    With α > 0 improbable responses lie further apart, with α < 0 closer together. The exponent is capped at 80, beyond
-    which float32 overflows; TRL's exp(a) to the power −α gives NaN once exp(a) underflows.
+    With α > 0 improbable responses lie further apart, with α < 0 closer together. The exponent is capped at 40, beyond
+    which squares overflow float32; TRL's exp(a) to the power −α gives NaN once exp(a) underflows.
 
     References:
         Gupta et al. 2025, arXiv:2501.03884, Eq. 4–5; defaults are the paper's for Llama-3-8B-Instruct.

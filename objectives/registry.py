@@ -164,7 +164,10 @@ TOKEN_WEIGHTS = Registry("token weight", elsewhere={"linupper": "lin_upper"})
 """Weights of tokens, and of rows, in likelihood terms."""
 RELABELERS = Registry("relabeler")
 """Maps from one row to new ones."""
-REWARD_TRANSFORMS = Registry("reward transform")
-"""Maps from scores to scores."""
+REWARD_TRANSFORMS = Registry(
+    "reward transform",
+    elsewhere={"lsc": "log_sigmoid_centered", "standardize": "z_score", "normalize": "z_score", "clamp": "clip"},
+)
+"""Maps from the scores of a prompt's responses to other ones."""
 REGULARIZERS = Registry("regularizer", elsewhere={"l2_sp": "l2_init", "l1_init": "l2_init", "wise-ft": "wise_ft"})
 """Penalties on parameters rather than on log-probs, and averages of them."""

@@ -175,7 +175,7 @@ class RewardRegression:
         values = torch.stack([batch["completion"].value(name) for name in self.attributes], dim=-1)
         ratings = torch.stack([batch.score(name) for name in self.attributes], dim=-1).to(values)
         rated = ratings.isfinite()
-        squares = torch.where(rated, (values - ratings.where(rated, 0.0)) ** 2, 0.0)
+        squares = (values.where(rated, 0.0) - ratings.where(rated, 0.0)) ** 2
         losses = squares.sum(dim=-1) / rated.sum(dim=-1).clamp(min=1)
         found = {"rewards/mean": Mean.of(values), "ratings/mean": Mean.of(ratings[rated])}
         errors = (values.detach() - ratings).abs()[rated]

@@ -24,6 +24,9 @@ class Candidate:
 
     text: Text
     score: float
+    rewards: Mapping[str, float] = field(default_factory=_no_scores)
+    """Several rewards by name (helpful, harmless), where the data has them; ``score`` is their sum unless the data says
+    otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

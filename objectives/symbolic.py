@@ -21,7 +21,7 @@ from objectives.programs import Program, World
 from objectives.registry import OBJECTIVES
 
 CERTAIN = -1e-6
-"""Log-probs are held below this: of a certain prediction the opposite has no probability."""
+"""In 1 − π log-probs are held below this: the opposite of a certain prediction has no probability to speak of."""
 
 
 @OBJECTIVES.register("symbolic")
@@ -38,8 +38,9 @@ class Symbolic:
     with DPO's program and ``reduction: sum`` this is ``dpo``.
 
     Under sums of many log-probs 1 − π is 1 in floating point, and programs that differ in such factors become one (ORPO
-    becomes CPO); ``reduction: mean`` takes the geometric mean of a response's token probabilities instead. UNVERIFIED
-    in the paper: the forms of links squared and hinge.
+    becomes CPO); ``reduction: mean`` takes the geometric mean of a response's token probabilities instead. In 1 − π a
+    log-prob counts as at most −1e-6, so that a certain prediction leaves a loss that is finite. UNVERIFIED in the
+    paper: the forms of links squared and hinge.
 
     References:
         Richardson et al. 2024, arXiv:2412.17696.
@@ -126,14 +127,14 @@ class Symbolic:
         return total / leg.length().clamp(min=1) if self.reduction == "mean" else total
 
     def _rho(self, log_probs: dict[str, Float[Tensor, " row"]]) -> Float[Tensor, " row"]:
-        held = {name: values.clamp(max=CERTAIN) for name, values in log_probs.items()}
-        literals = [(log1mexp(held[name]), held[name]) for name in self.compiled.variables]  # false, true
+        each = [log_probs[name] for name in self.compiled.variables]
+        literals = [(log1mexp(values.clamp(max=CERTAIN)), values) for values in each]  # false, true
 
         def log_count(worlds: tuple[World, ...]) -> Float[Tensor, " row"]:
-            each = [
+            masses = [
                 torch.stack([pair[value] for pair, value in zip(literals, world, strict=True)]).sum(dim=0)
                 for world in worlds
             ]
-            return torch.stack(each).logsumexp(dim=0)
+            return torch.stack(masses).logsumexp(dim=0)
 
         return log_count(self.compiled.up) - log_count(self.compiled.down)

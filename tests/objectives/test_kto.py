@@ -1,4 +1,7 @@
-"""KTO against arithmetic by hand and the paper; other implementations' numbers are in ``test_vectors``."""
+"""KTO and unpaired APO against arithmetic by hand and the papers.
+
+Other implementations' numbers are in ``test_vectors``.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from objectives import LegBatch, Needs
-from objectives.kto import KTO
-from tests.objectives import transcriptions
+from objectives.kto import KTO, APOZeroUnpaired
+from tests.objectives import transcriptions, transcriptions_pairs_free
 from tests.objectives.batches import (
     BY_HAND,
     SIX_PLACES,
@@ -168,3 +171,66 @@ def test_the_estimate_is_what_the_paper_says(seed: int, cut: int):
     leg = batch["mismatched"]
     expected = transcriptions.kto_reference_point(ragged(leg.logps, leg), ragged(leg.ref_logps, leg))
     assert state["kl"].item() == pytest.approx(expected, rel=1e-11, abs=1e-13)
+
+
+# Unpaired APO
+
+
+def test_unpaired_apo_by_hand():
+    """The two rows above, log-ratios 1 (thumbs up) and −1 (thumbs down), β = 0.5, w_D = 2, w_U = 3.
+
+    desirable 2 · (1 − σ(0.5)) = 0.7550813376, undesirable 3 · σ(−0.5) = 1.1326220064, mean 0.9438516720
+    slopes −2 · 0.5 · σ(0.5)·σ(−0.5)/2 = −0.1175018561, 3 · 0.5 · σ(0.5)·σ(−0.5)/2 = 0.1762527842
+    """
+    objective = APOZeroUnpaired(beta=0.5, desirable_weight=2.0, undesirable_weight=3.0)
+    both = two_rows()
+    batch = LegBatch(legs={"completion": both["completion"]}, labels=both.labels)
+    loss, grad = loss_and_grad(objective, batch)
+    assert loss.item() == pytest.approx(0.9438516720, **BY_HAND)
+    assert grad["completion"][0].tolist() == pytest.approx([-0.1175018561, -0.1175018561], **BY_HAND)
+    assert grad["completion"][1].tolist() == pytest.approx([0.1762527842, 0.0], **BY_HAND)
+
+
+def test_unpaired_apo_is_kto_with_an_estimate_of_zero():
+    """Whatever its mismatched responses say: it has none."""
+    batch = make_batch(KTO(), seed=6, rows=5)
+    alone = LegBatch(legs={"completion": batch["completion"]}, labels=batch.labels)
+    loss, grad = loss_and_grad(APOZeroUnpaired(beta=0.3, undesirable_weight=1.33), alone)
+    expected, slopes = loss_and_grad(KTO(beta=0.3, undesirable_weight=1.33), replace(batch, state=kl(0.0)))
+    torch.testing.assert_close(loss, expected, rtol=1e-14, atol=0.0)
+    torch.testing.assert_close(grad["completion"], slopes["completion"], rtol=1e-13, atol=1e-16)
+    assert APOZeroUnpaired().needs == Needs(legs=("completion",), reference=True, labels=True)
+
+
+def test_unpaired_apo_of_pairs_is_half_of_apo_zero():
+    """1 − σ(r_w) and σ(r_l) as two rows: known losses 0.987503 and 1.031229, so a mean of 1.009366/2."""
+    loss = loss_and_grad(APOZeroUnpaired(beta=0.1), tv1_labelled())[0].item()
+    assert loss == pytest.approx(1.009366 / 2, **SIX_PLACES)
+
+
+def test_the_first_loss_of_unpaired_apo():
+    assert APOZeroUnpaired().step0 == 0.5
+    assert APOZeroUnpaired(desirable_weight=1.33, undesirable_weight=1.33).step0 == pytest.approx(0.665)
+    assert APOZeroUnpaired(desirable_weight=1.33).step0 is None
+
+
+@given(
+    seed=st.integers(0, 1000),
+    beta=st.sampled_from([0.01, 0.1, 2.0]),
+    scale=st.sampled_from([0.1, 1.0, 30.0]),
+    weights=st.sampled_from([(1.0, 1.0), (1.33, 1.0), (0.8, 2.0)]),
+)
+def test_unpaired_apo_is_what_the_paper_says(seed: int, beta: float, scale: float, weights: tuple[float, float]):
+    desirable, undesirable = weights
+    objective = APOZeroUnpaired(beta=beta, desirable_weight=desirable, undesirable_weight=undesirable)
+    batch = make_batch(objective, seed=seed, rows=5, scale=scale)
+    leg = batch["completion"]
+    expected = transcriptions_pairs_free.apo_zero_unpaired(
+        ragged(leg.logps, leg),
+        ragged(leg.ref_logps, leg),
+        batch.labels.tolist(),
+        beta=beta,
+        desirable_weight=desirable,
+        undesirable_weight=undesirable,
+    )
+    assert_transcribed(objective, batch, *expected)

@@ -32,23 +32,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tests.objectives import transcriptions_weights as transcriptions
 from tests.vectors.make.writing import (
+    IGNORED,
     PrescribedLogits,
     Ragged,
     assert_same,
     excerpt,
-    logits_of,
+    logits_and_labels,
     mask_of,
     padded,
     ragged,
     random_rows,
     write,
 )
-
-IGNORED = -100
 
 
 def goldfish(checkout: Path) -> None:
@@ -115,14 +114,6 @@ def goldfish(checkout: Path) -> None:
     assert wrapped > 0
     source = "ahans30/goldfish-loss at 35d29f96553462f6c30417f8065225aa6b89e172, apply_goldfish"
     write("weights/goldfish", source, "tests/vectors/make/token_weights.py", cases, ["torch"])
-
-
-def logits_and_labels(logps: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """One prompt token in front, and a last position that predicts nothing; every token has id 0."""
-    at_tokens = logits_of(logps, mask, torch.zeros_like(mask))
-    logits = torch.cat([at_tokens, torch.zeros_like(at_tokens[:, :1])], dim=1)
-    ignored = torch.full_like(mask[:, :1], IGNORED)
-    return logits, torch.cat([ignored, torch.where(mask.bool(), 0, IGNORED)], dim=1)
 
 
 def weight_case(

@@ -24,6 +24,7 @@ from tests.vectors.make.writing import (
     ALONE,
     SMALL,
     SMALL_GOLD,
+    Case,
     Legs,
     PrescribedLogits,
     Result,
@@ -86,7 +87,8 @@ def triples(source: Legs, gold: list[list[float]]) -> Legs:
     }
 
 
-def main() -> None:
+def files() -> dict[str, list[Case]]:
+    """The cases of each file that this script writes."""
     generator = torch.Generator().manual_seed(21)
     batches = {
         "small": triples(SMALL, SMALL_GOLD),
@@ -118,9 +120,13 @@ def main() -> None:
             name = f"{batch}-beta{beta}" + ("-smoothed" if smoothing else "")
             how = f"loss_type=tpo-l, tpo_alpha={alpha}, tpo_l_gamma={gamma}"
             tpo_l.append(case(name, how, config, legs, result, transcriptions.tpo_l(*responses, **config)))
-    source = "trl, TPOTrainer._compute_loss, float64"
-    write("tpo", source, "tests/vectors/make/trl_tpo.py", tpo, ["torch", "trl"])
-    write("tpo_l", source, "tests/vectors/make/trl_tpo.py", tpo_l, ["torch", "trl"])
+    return {"tpo": tpo, "tpo_l": tpo_l}
+
+
+def main() -> None:
+    for name, cases in files().items():
+        source = "trl, TPOTrainer._compute_loss, float64"
+        write(name, source, "tests/vectors/make/trl_tpo.py", cases, ["torch", "trl"])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,196 @@
+"""Writes ``docs/objectives.md`` from the docstrings: what there is, what it needs, which recipe runs it.
+
+make docs                                     writes it
+python -m launch.objectives_page --check      says whether it is up to date
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data.shapes import RowsKind
+from objectives import MODIFIERS, OBJECTIVES, REGULARIZERS, RELABELERS, REWARD_TRANSFORMS, TOKEN_WEIGHTS
+from objectives.__main__ import shown
+from objectives.registry import Registry, defaults, example, field_docs, formula, source
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "objectives.md"
+RECIPES = ROOT / "launch" / "recipes"
+
+SECTIONS: dict[str, tuple[str, Registry, str]] = {
+    "objective": ("Objectives", OBJECTIVES, "`objective:` – one, or a list with weights, whose losses add up."),
+    "modifiers": ("Modifiers", MODIFIERS, "`modifiers:` – each changes every objective it makes sense for."),
+    "token_weights": (
+        "Token and sample weights",
+        TOKEN_WEIGHTS,
+        "`token_weights:` – of likelihood terms; they multiply.",
+    ),
+    "regularizers": ("Regularizers", REGULARIZERS, "`regularizers:` – on parameters, not on log-probs."),
+    "relabel": ("Relabelers", RELABELERS, "`relabel:` – from one row to new ones, before tokens exist."),
+    "reward_transforms": (
+        "Reward transforms",
+        REWARD_TRANSFORMS,
+        "`reward_transforms:` – from the scores of a prompt's responses to new ones, before pairs are made.",
+    ),
+}
+
+DATA: dict[str, RowsKind] = {
+    "pairs: chosen, rejected": RowsKind(frozenset({"chosen", "rejected"})),
+    "pairs with scores or a margin": RowsKind(
+        frozenset({"chosen", "rejected"}), scores=frozenset({"chosen", "rejected"})
+    ),
+    "triples: gold, chosen, rejected": RowsKind(frozenset({"chosen", "rejected", "gold"})),
+    "several responses with scores": RowsKind(frozenset(), scored=True),
+    "one response, thumbs up or down": RowsKind(frozenset({"completion"}), labelled=True),
+    "one response": RowsKind(frozenset({"gold"})),
+}
+"""What a dataset can offer. What works with it is computed from what objectives declare."""
+
+TROUBLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("chosen responses become less likely while margins grow", "hold on to their likelihood",
+     ("rpo", "dpop", "cal_dpo", "nca", "irpo", "apo_zero")),
+    ("responses become longer", "take length out of the reward, or out of the comparison",
+     ("r_dpo", "ld_dpo", "simpo", "dpo_norm")),
+    ("labels are noisy", "smooth them, or model the noise", ("dpo", "robust", "ipo", "exo")),
+    ("margins grow without end, the policy drifts away", "give margins a target, or watch the divergence",
+     ("ipo", "exo", "tdpo", "f_divergence", "hinge")),
+    ("chosen responses are no better than what the model says itself", "push the other way", ("apo_down",)),
+    ("data is off-policy (another model wrote it)", "weigh it by the policy, or let the reference follow",
+     ("wpo", "tr_dpo", "beta_dpo")),
+    ("some pairs are clear, others hardly differ", "let the scores say how far apart they belong",
+     ("rpo_reward_aware", "mm_dpo", "margin_bt", "scaled_bt")),
+    ("good rejected responses are unlearned", "condition on the score", ("reward_augmented",)),
+    ("no memory for a reference model that is not cached, or no SFT stage wanted", "objectives without a reference",
+     ("orpo", "cpo", "simpo", "alpha_po", "tpo")),
+    ("there are only single responses with thumbs", "learn from labels", ("bco", "kto", "apo_zero_unpaired")),
+    ("supervised tuning forgets old skills", "weigh what is learned, or hold the weights",
+     ("talr", "flow", "dft", "l2_init", "wise_ft")),
+    ("training text is recited", "never learn some of it", ("goldfish",)),
+    ("pass@1 rises and pass@N falls", "train for coverage", ("dco",)),
+    ("numbers are off by a lot", "make a wrong digit cost by its distance", ("ntl_was", "ntl_mse")),
+)  # fmt: skip
+"""What goes wrong, what to try, and the names of it."""
+
+
+def page() -> str:
+    """The whole page."""
+    recipes = recipes_by_name()
+    counts = ", ".join(f"{len(registry.names())} {title.lower()}" for title, registry, _ in SECTIONS.values())
+    lines = [
+        "# Objectives",
+        "",
+        "<!-- Written by `make docs` from docstrings and recipes; edit those. -->",
+        "",
+        f"{counts}. Formulas are as in the code, in nats; σ is the logistic function. `python -m objectives show NAME` "
+        "prints an entry, `python -m objectives explain NAME` its program in logic where one is known. What is marked "
+        "UNVERIFIED could not be checked against its source. [Add your own](add_your_own.md) in ten minutes.",
+        "",
+        "## Which data do you have?",
+        "",
+        "| data | objectives that take it |",
+        "|---|---|",
+    ]
+    of_pairs = [name for name in OBJECTIVES.names() if _serves(next(iter(DATA.values())), name)]
+    for number, (kind, rows) in enumerate(DATA.items()):
+        names = [name for name in OBJECTIVES.names() if _serves(rows, name)]
+        more = number > 0 and set(of_pairs) < set(names)
+        listed = [name for name in names if not more or name not in of_pairs]
+        lines.append(f"| {kind} | {'those of pairs, and ' if more else ''}{', '.join(map(_link, listed))} |")
+    lines += [
+        "",
+        "Rows are converted where that is possible: scored lists become pairs, triples or labels by `data.rule`, pairs "
+        "become labelled rows. `reward_regression` takes the ratings it names.",
+        "",
+        "## What goes wrong, and what to try",
+        "",
+        "| what you see | what helps | try |",
+        "|---|---|---|",
+        *(f"| {seen} | {helps} | {', '.join(map(_link, names))} |" for seen, helps, names in TROUBLE),
+    ]
+    for title, registry, how in SECTIONS.values():
+        lines += ["", f"## {title}", "", how]
+        for name in registry.names():
+            lines += _entry(name, registry, recipes.get(name, []))
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _serves(rows: RowsKind, name: str) -> bool:
+    needs = example(OBJECTIVES[name]).needs
+    attributes = [score for score in needs.scores if score not in ("chosen", "rejected", "gold")]
+    if attributes and not rows.scored:
+        return False
+    return not rows.missing(needs.legs, labels=needs.labels, scores=needs.scores)
+
+
+def _link(name: str) -> str:
+    return f"[{name}](#{name})"
+
+
+def _entry(name: str, registry: Registry, recipes: list[str]) -> list[str]:
+    cls = registry[name]
+    summary, paragraphs = prose(cls)
+    lines = ["", f"### {name}", "", summary, "", "```text", formula(cls), "```"]
+    for paragraph in paragraphs:
+        lines += ["", paragraph]
+    if registry is OBJECTIVES:
+        lines += ["", f"*Needs:* {shown(example(cls).needs)}."]
+    docs = field_docs(cls)
+    if docs:
+        lines += ["", "| key | default | |", "|---|---|---|"]
+        lines += [f"| `{key}` | `{value!r}` | {_cell(docs[key])} |" for key, value in defaults(cls).items()]
+    where = ", ".join(f"[{recipe}](../launch/recipes/{recipe}.yaml)" for recipe in recipes)
+    lines += ["", f"*Source:* {source(cls)}" + (f"  \n*Recipe:* {where}" if where else "")]
+    return lines
+
+
+def prose(cls: Any) -> tuple[str, list[str]]:
+    """First sentence of a docstring, and its paragraphs without formula and references, with plain Markdown code."""
+    text = inspect.cleandoc(cls.__doc__ or "").partition("References:")[0]
+    first, *rest = re.split(r"\n\s*\n", text.strip())
+    kept = [" ".join(part.split()) for part in rest if not part.startswith("    ")]
+    return _code(" ".join(first.split())), [_code(part) for part in kept]
+
+
+def _code(text: str) -> str:
+    return text.replace("``", "`")
+
+
+def _cell(text: str) -> str:
+    return _code(text).replace("|", "\\|")
+
+
+def recipes_by_name() -> dict[str, list[str]]:
+    """Recipes by the registered names they use, the one of that name first."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(RECIPES.glob("*.yaml")):
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for section in SECTIONS:
+            entries = tree.get(section) or []
+            for entry in entries if isinstance(entries, list) else [entries]:
+                found.setdefault(entry["name"], []).append(path.stem)
+    return {name: sorted(stems, key=lambda stem: stem != name)[:3] for name, stems in found.items()}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Writes or checks the page; returns the exit status."""
+    about = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m launch.objectives_page", description=about)
+    parser.add_argument("--check", action="store_true", help="say whether the page is up to date")
+    if parser.parse_args(arguments).check:
+        current = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page()
+        print("up to date" if current else "docs/objectives.md is out of date: run `make docs`")
+        return 0 if current else 1
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
