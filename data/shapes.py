@@ -150,7 +150,7 @@ def objectives_for(kinds: Iterable[RowsKind]) -> list[str]:
     for name in OBJECTIVES.names():
         needs = example(OBJECTIVES[name]).needs
         attributes = {score for score in needs.scores if score not in (*PAIR, "gold")}
-        rated = all(kind.scored and attributes == {SCORE} or attributes <= kind.scores for kind in kinds)
+        rated = all((kind.scored and attributes == {SCORE}) or attributes <= kind.scores for kind in kinds)
         lacking = (kind.missing(needs.legs, labels=needs.labels, scores=needs.scores) for kind in kinds)
         if rated and not any(lacking):
             names.append(name)

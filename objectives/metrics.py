@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -33,7 +35,8 @@ def preference_metrics(
     chosen, rejected = chosen.detach(), rejected.detach()
     margins = chosen - rejected
     # A tie is a margin within the rounding of the sums it comes from: before the first update all pairs are ties.
-    legs = [batch[name] for name in ("chosen", "rejected")]
+    # What is logged is of whole responses, whatever share of them a modifier lets into the loss.
+    legs = [replace(batch[name], share=None, ref_share=None) for name in ("chosen", "rejected")]
     noise = FLOAT32_SUM * scale * sum((x.mean_logps() if per_token else x.sum_logps()).detach().abs() for x in legs)
     wins = torch.where(margins.abs() <= noise, 0.0, torch.sign(margins))
     metrics = {
@@ -42,10 +45,10 @@ def preference_metrics(
         "rewards/margins": Mean.of(margins),
         "rewards/accuracies": Mean.of((wins + 1) / 2),
     }
-    for name in ("chosen", "rejected"):
-        metrics[f"logps/{name}"] = Mean.of(batch[name].sum_logps())
-        if batch[name].ref_logps is not None:
-            metrics[f"displacement/{name}"] = Mean.of(batch[name].logratio())
+    for name, leg in zip(("chosen", "rejected"), legs, strict=True):
+        metrics[f"logps/{name}"] = Mean.of(leg.sum_logps())
+        if leg.ref_logps is not None:
+            metrics[f"displacement/{name}"] = Mean.of(leg.logratio())
     return metrics
 
 

@@ -273,7 +273,7 @@ class FDivergence:
         forward_kl  f′ = 1 − e^{−r}        js  f′ = log 2 + log σ(r)        alpha  f′ = (e^{(α−1)·r} − 1)/(α−1)
 
     reverse_kl is f′ = r (up to a constant), that is no modifier at all, and the limit of alpha at α → 1. Exponents are
-    capped at 40. Logged rewards stay β·logratio. For objectives on the difference of log-ratios, in which β·log Z(x)
+    capped at 80. Logged rewards stay β·logratio. For objectives on the difference of log-ratios, in which β·log Z(x)
     cancels. TRL up to 0.28 wrote alpha as (1 − e^{−α·r})/α.
 
     References:
@@ -403,7 +403,8 @@ class Modified:
         return batch
 
     def __call__(self, batch: LegBatch) -> Output:
-        output = self.objective(self._prepared(batch))
+        batch = self._prepared(batch)
+        output = self.objective(batch)
         terms, metrics = dict(output.terms), dict(output.metrics)
         for one in self.modifiers.values():
             weights = one.row_weights(batch)

@@ -110,4 +110,6 @@ def with_own_step(objective: object, batch: LegBatch) -> LegBatch:
         return batch
     with torch.no_grad():
         step = objective.step_pass(batch)
+    if not step:  # a mixture of which no part is coupled
+        return batch
     return replace(batch, step=step, place=torch.arange(batch.rows, device=next(iter(step.values())).device))

@@ -8,8 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-LARGEST_EXPONENT = 40.0
-"""The square of exp of more than 44 overflows float32, and some losses are squares."""
+LARGEST_EXPONENT = 80.0
+"""exp of more than this overflows float32 (and bfloat16)."""
+LARGEST_ROOT = 1e18
+"""The square of more than this, times a few factors, overflows float32."""
 
 
 def log1mexp(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -21,6 +23,11 @@ def log1mexp(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     small = x < -math.log(2)
     below, above = torch.where(small, x, -1.0), torch.where(small, -0.5, x)
     return torch.where(small, torch.log1p(-torch.exp(below)), torch.log(-torch.expm1(above)))
+
+
+def square(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """x², constant (and without gradient) beyond ``LARGEST_ROOT`` on either side instead of infinite."""
+    return x.clamp(min=-LARGEST_ROOT, max=LARGEST_ROOT) ** 2
 
 
 def capped_exp(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -133,8 +133,8 @@ class AlphaPO:
 
     averaged over rows. Two responses of equal log-prob per token cost log(1 + e^γ).
 
-    With α > 0 improbable responses lie further apart, with α < 0 closer together. The exponent is capped at 40, beyond
-    which squares overflow float32; TRL's exp(a) to the power −α gives NaN once exp(a) underflows.
+    With α > 0 improbable responses lie further apart, with α < 0 closer together. The exponent is capped at 80, beyond
+    which float32 overflows; TRL's exp(a) to the power −α gives NaN once exp(a) underflows.
 
     References:
         Gupta et al. 2025, arXiv:2501.03884, Eq. 4–5; defaults are the paper's for Llama-3-8B-Instruct.
@@ -158,11 +158,8 @@ class AlphaPO:
 
     def __call__(self, batch: LegBatch) -> Output:
         pair = pair_of(batch, self.beta, reference=False, per_token=True)
-        # The pair's own difference is of log-probs; what modifiers added to it stays.
-        plain = batch["chosen"].mean_logps() - batch["rejected"].mean_logps()
         bent = self.reward(batch["chosen"].mean_logps()) - self.reward(batch["rejected"].mean_logps())
-        margin = pair.beta * (bent + (pair.difference - plain))
-        output = preference(batch, pair, -logsigmoid(margin - self.gamma))
+        output = preference(batch, pair, -logsigmoid(pair.beta * bent - self.gamma))
         return Output(terms=output.terms, metrics={**output.metrics, **response_metrics(batch, LEGS)})
 
     def reward(self, mean_logps: Float[Tensor, " row"]) -> Float[Tensor, " row"]:

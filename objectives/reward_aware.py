@@ -13,6 +13,7 @@ from torch.nn.functional import logsigmoid
 from objectives.batch import LegBatch
 from objectives.checks import require
 from objectives.needs import Needs, PairForm
+from objectives.numerics import square
 from objectives.output import Mean, Output
 from objectives.pairs import pair_of, preference
 from objectives.registry import OBJECTIVES
@@ -62,7 +63,7 @@ class RewardAwareRPO:
         pair = pair_of(batch, self.beta)
         target = self.reward_scale * (batch.score("chosen") - batch.score("rejected")).to(pair.margin)
         if self.distance == "sq":
-            losses = (pair.margin - target) ** 2
+            losses = square(pair.margin - target)
         elif self.distance == "bwd_kl":
             losses = bernoulli_kl(target, pair.margin)
         else:

@@ -55,12 +55,11 @@ class RPO:
         require("form", self.form, self.form in ("cumulative", "average"), "'cumulative' or 'average'")
 
     def __call__(self, batch: LegBatch) -> Output:
-        leg = batch["chosen"]
+        leg, pair = batch["chosen"], pair_of(batch, self.beta)
         if self.form == "cumulative":
-            likelihood = Term(values=leg.nll(), per="row", coef=self.eta * self.beta)
+            likelihood = Term(values=pair.beta * leg.nll(), per="row", coef=self.eta)
         else:
             likelihood = Term(values=leg.mean_nll(), per="row", coef=self.eta)
-        pair = pair_of(batch, self.beta)
         return preference(batch, pair, -logsigmoid(pair.margin), likelihood=likelihood)
 
 

@@ -177,7 +177,7 @@ def test_alpha_po_without_alpha_is_simpo(alpha: float):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_alpha_po_is_finite_where_a_response_all_but_excluded(dtype: torch.dtype):
-    """p = e^−500 underflows, so p^−α is infinite if it is computed as that; here the exponent is capped at 80."""
+    """p = e^−500 underflows, so p^−α is infinite if it is computed as that; here the exponent is capped."""
     batch = cast(pair([-500.0], [-2.0]), dtype)
     loss, grad = loss_and_grad(AlphaPO(alpha=0.25), batch)
     assert loss.isfinite()

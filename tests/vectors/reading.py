@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,9 +30,22 @@ def contents(name: str) -> dict[str, Any]:
     return json.loads((VECTORS / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def vectors_of(name: str) -> Path:
+    """An objective's file; for one of another package it lies beside its module."""
+    module = OBJECTIVES[name].__module__
+    if module.split(".")[0] == "objectives":
+        return VECTORS / f"{name}.json"
+    return Path(str(sys.modules[module].__file__)).parent / f"{name}.json"
+
+
 def cases(folder: str = "") -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Of every case in a folder: an id, the objective's name, and the case."""
-    for path in sorted((VECTORS / folder).glob("*.json")):
+    paths = sorted((VECTORS / folder).glob("*.json"))
+    if not folder:  # and those of objectives in other packages
+        paths += [
+            path for name in OBJECTIVES.names() if (path := vectors_of(name)).parent != VECTORS and path.is_file()
+        ]
+    for path in paths:
         vectors = json.loads(path.read_text(encoding="utf-8"))
         for case in vectors["cases"]:
             objective = case.get("objective") or vectors.get("objective") or path.stem
