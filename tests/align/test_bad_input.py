@@ -24,15 +24,18 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, T5Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM, MambaConfig, T5Config
 
 from align import model as models
 from align import saving, startup
-from align.errors import RecipeError
+from align.anchors import refuse_sharded
+from align.errors import RecipeError, RunError
+from align.keys import NAMED
 from align.recipe import read_recipe
 from align.sections import SECTIONS
 from align.train import main
 from align.trainer import ObjectiveTrainer
+from objectives.registry import defaults
 from tests.align.runs import CONTEXT, pairs, tiny_model, tiny_tokenizer, write_rows
 from tests.support import REPOSITORY
 
@@ -144,6 +147,22 @@ def a_larger_tokenizer() -> None:
     tokenizer.save_pretrained("tokenizer")
 
 
+def a_mamba() -> None:
+    config = MambaConfig(vocab_size=260, hidden_size=32, num_hidden_layers=2, state_size=4, eos_token_id=256)
+    AutoModelForCausalLM.from_config(config).save_pretrained("mamba")
+    tiny_tokenizer(Path("mamba"))
+
+
+def without_digits() -> None:
+    """Of the tokenizer's digits only 0 is left a token."""
+    path = Path("model/tokenizer.json")
+    stored = json.loads(path.read_text())
+    vocabulary = stored["model"]["vocab"]
+    for digit in "123456789":
+        vocabulary[f"<{digit}>"] = vocabulary.pop(digit)
+    path.write_text(json.dumps(stored))
+
+
 # ---- the table ----
 
 RECIPES = [
@@ -222,7 +241,6 @@ RECIPES = [
 
 OBJECTIVES = [
     Case(name="a misspelt objective", words="--objective.name dop", says=["objective.name", "did you mean 'dpo'?"]),
-    Case(name="TRL's name of DPO", words="--objective sigmoid", says=["'sigmoid'", "it is called 'dpo' here"]),
     Case(name="a misspelt objective key", words="--objective.bta 1", says=["objective.bta", "did you mean 'beta'?"]),
     Case(name="the same without section", words="--bta 1", says=["--bta", "did you mean 'beta'?"]),
     Case(
@@ -275,7 +293,40 @@ OF_OTHER_TRAINERS = {
     "hub_token": "hf auth login",
     "padding_free": "leave it out",
     "packing": "leave it out",
+    "reference_free": "leave it out: an objective says itself",
+    "rpo_alpha": "a second objective: [{name: dpo}, {name: sft, leg: chosen, weight: …}]",
+    "sync_ref_model": "modifiers: {name: tr_dpo}",
+    "ref_model_mixup_alpha": "modifiers: {name: tr_dpo, sync_alpha: …}",
+    "ref_model_sync_steps": "modifiers: {name: tr_dpo, sync_steps: …}",
+    "use_weighting": "modifiers: {name: wpo}",
+    "f_divergence_type": "modifiers: {name: f_divergence, divergence: …}",
+    "f_alpha_divergence_coef": "{name: f_divergence, divergence: alpha, divergence_alpha: …}",
+    "simpo_gamma": "objective.gamma of simpo",
+    "gamma_beta_ratio": "objective.gamma of simpo, which is β times that ratio",
 }
+NAMES_OF_OTHERS = {
+    "objective": {
+        **dict.fromkeys(["cdpo", "sigmoid"], "dpo"),
+        **dict.fromkeys(["dpo_positive", "smaug"], "dpop"),
+        **dict.fromkeys(["rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq"], "rpo_reward_aware"),
+        **dict.fromkeys(["tdpo1", "tdpo2"], "tdpo"),
+        "alphapo": "alpha_po",
+        "aot_pair": "aot_unpaired",
+        "bt": "bradley_terry",
+        "exo_pair": "exo",
+        "lrml": "discopop",
+        "nca_pair": "nca",
+        "nll": "sft",
+        "sigmoid_norm": "dpo_norm",
+        "slic": "hinge",
+        "sppo_hard": "sppo",
+    },
+    "modifiers": {"f_dpo": "f_divergence", "sync_ref_model": "tr_dpo", "tr-dpo": "tr_dpo", "use_weighting": "wpo"},
+    "token_weights": {"linupper": "lin_upper"},
+    "regularizers": {"l1_init": "l2_init", "l2_sp": "l2_init", "wise-ft": "wise_ft"},
+    "reward_transforms": {"lsc": "log_sigmoid_centered", "standardize": "z_score", "clamp": "clip"},
+}
+"""What TRL, other trainers and papers call what is registered here."""
 TRL = [
     *[
         Case(name=f"{key} on the command line", words=f"--{key} 1", says=[f"--{key}", answer])
@@ -285,6 +336,20 @@ TRL = [
         Case(name=f"{key} in YAML", file=recipe("rows_per_step: 4", f"{key}: 1"), says=[f"train.{key}", answer])
         for key, answer in OF_OTHER_TRAINERS.items()
     ],
+    *[
+        Case(
+            name=f"{theirs} for {ours} in {kind}",
+            words=f"--{kind} {theirs}",
+            says=[f"{kind}.name: unknown", f"{theirs!r}: it is called {ours!r} here"],
+        )
+        for kind, names in NAMES_OF_OTHERS.items()
+        for theirs, ours in names.items()
+    ],
+    Case(
+        name="the name of others in a list",
+        words="--modifiers '[{name: r_dpo}, {name: use_weighting}]'",
+        says=["modifiers.1.name: unknown modifier 'use_weighting': it is called 'wpo' here"],
+    ),
 ]
 
 VALUES = [
@@ -817,6 +882,20 @@ RESUME = [
         trained=True,
         says=["run/checkpoint-4", "train.learning_rate was 1e-06, is 5e-05", "objective.0.beta", "new output_dir"],
     ),
+    *[
+        Case(
+            name=f"another recipe: {words}",
+            words=f"--resume_from_checkpoint last {words}",
+            trained=True,
+            says=["run/checkpoint-4 belongs to another recipe", *says, "start a new output_dir"],
+        )
+        for words, says in [
+            ("--modifiers wpo", ["modifiers was None", "'wpo'"]),
+            ("--regularizers wise_ft", ["regularizers was None", "'wise_ft'"]),
+            ("--objective robust", ["objective.0.name was 'dpo', is 'robust'"]),
+            ("--reference.source live --modifiers tr_dpo", ["reference.source was 'cached', is 'live'", "'tr_dpo'"]),
+        ]
+    ],
     Case(
         name="other rows under the same name",
         words="--resume_from_checkpoint last",
@@ -1046,6 +1125,430 @@ PARTS = [
     ),
 ]
 
+NOT_ABOUT_PAIRS = "it is not about log-probs of pairs"
+PER_TOKEN = "its log-probs are per token, so length is accounted for"
+ONE_BY_ONE = "each reward enters by itself, not the difference alone, so log Z(x) would not cancel"
+COUPLED = "its rows are coupled by the step"
+NO_BETA = "it has no β to scale, or sets β itself"
+SENSELESS = {
+    "r_dpo": {
+        **dict.fromkeys(["ipo", "simpo", "dpo_norm", "orpo", "tpo_l", "alpha_po"], PER_TOKEN),
+        **dict.fromkeys(["nca", "bco_pair", "sppo", "apo_zero", "apo_down", "dpop", "cal_dpo", "tdpo"], ONE_BY_ONE),
+        **dict.fromkeys(["aot", "aot_unpaired", "beta_dpo"], COUPLED),
+        **dict.fromkeys(["kto", "bco", "sft", "dco", "ntl_was", "bradley_terry"], NOT_ABOUT_PAIRS),
+    },
+    "ld_dpo": {
+        "tdpo": "it compares whole distributions token by token",
+        **dict.fromkeys(["kto", "sft", "reward_regression"], NOT_ABOUT_PAIRS),
+    },
+    "wpo": {
+        **dict.fromkeys(["aot", "beta_dpo"], f"{COUPLED}, so a row has no loss of its own to weigh"),
+        **dict.fromkeys(["bco", "sft", "dco", "scaled_bt"], NOT_ABOUT_PAIRS),
+    },
+    "mm_dpo": {
+        "aot_unpaired": COUPLED,
+        **dict.fromkeys(["beta_dpo", "orpo"], NO_BETA),
+        **dict.fromkeys(["apo_zero_unpaired", "sft", "margin_bt"], NOT_ABOUT_PAIRS),
+    },
+    "f_divergence": {
+        **dict.fromkeys(["cpo", "simpo", "orpo", "tpo"], "it has no reference to diverge from"),
+        **dict.fromkeys(["nca", "dpop", "tdpo"], ONE_BY_ONE),
+        **dict.fromkeys(["aot", "beta_dpo"], COUPLED),
+        **dict.fromkeys(["kto", "ntl_mse"], NOT_ABOUT_PAIRS),
+    },
+    "tr_dpo": dict.fromkeys(["simpo", "cpo", "orpo", "tpo", "sft", "dco", "bradley_terry"], "it has no reference"),
+}
+"""Modifiers, the objectives that they make no sense for, and why."""
+
+MODIFIERS = [
+    *[
+        Case(
+            name=f"{modifier} of {objective}",
+            words=f"--objective {objective} --modifiers {modifier}",
+            says=[f"modifiers: {modifier} has nothing to act on: it makes no sense for {objective}: {reason}"],
+        )
+        for modifier, objectives in SENSELESS.items()
+        for objective, reason in objectives.items()
+    ],
+    Case(
+        name="a modifier of neither of two objectives",
+        words="--objective '[{name: sft, leg: chosen}, {name: aot}]' --modifiers f_divergence",
+        says=[f"f_divergence has nothing to act on: it makes no sense for sft: {NOT_ABOUT_PAIRS}", f"aot: {COUPLED}"],
+    ),
+    Case(
+        name="the second of two modifiers",
+        words="--objective simpo --modifiers '[wpo, r_dpo]'",
+        says=[f"modifiers: r_dpo has nothing to act on: it makes no sense for simpo: {PER_TOKEN}"],
+    ),
+    Case(
+        name="a modifier of a program per token",
+        words="--objective '{name: symbolic, program: rejected -> chosen}' --modifiers r_dpo",
+        says=[f"r_dpo has nothing to act on: it makes no sense for symbolic: {PER_TOKEN}"],
+    ),
+    *[
+        Case(
+            name=f"{name} twice",
+            words=f"--modifiers '[{name}, wpo, {name}]'",
+            says=[f"modifiers: {name} is listed twice"],
+        )
+        for name in ("r_dpo", "f_divergence")
+    ],
+    Case(
+        name="two answers to length",
+        words="--modifiers '[ld_dpo, {name: r_dpo, length_alpha: 0.1}]'",
+        says=["modifiers: r_dpo and ld_dpo both take the effect of length away", "keep one"],
+    ),
+    Case(
+        name="a misspelt modifier",
+        words="--modifiers wop",
+        says=["modifiers.name: unknown modifier 'wop'; did you mean 'wpo'?", "known: f_divergence, ld_dpo"],
+    ),
+    Case(
+        name="a misspelt modifier in a list",
+        file=recipe(more="modifiers: [wpo, {name: r_dop}]"),
+        says=["modifiers.1.name: unknown modifier 'r_dop'; did you mean 'r_dpo'?"],
+    ),
+    Case(
+        name="a misspelt key of a modifier",
+        words="--modifiers '{name: wpo, clmap: true}'",
+        says=["modifiers.clmap; did you mean 'clamp'?"],
+    ),
+    Case(
+        name="TRL's key of a modifier",
+        file=recipe(more="modifiers: [{name: tr_dpo, ref_model_sync_steps: 64}]"),
+        says=["modifiers.0.ref_model_sync_steps", "did you mean 'sync_steps'?"],
+    ),
+    Case(
+        name="a misspelt section of modifiers", words="--modifier wpo", says=["--modifier", "did you mean 'modifiers'?"]
+    ),
+    Case(
+        name="a listed modifier without its number",
+        words="--modifiers '[wpo]' --modifiers.clamp false",
+        says=["--modifiers.clamp: the recipe lists several modifiers; write --modifiers.0.clamp"],
+    ),
+    Case(
+        name="a number beyond the modifiers",
+        words="--modifiers '[wpo, mm_dpo]' --modifiers.2.scaling 1",
+        says=["--modifiers.2.scaling: the recipe has 2 listed modifiers, numbered from 0"],
+    ),
+    *[
+        Case(name=f"no {kind}", words=f"--{kind} '[]'", says=[f"{kind} is empty; leave it out, or write null"])
+        for kind in ("modifiers", "regularizers")
+    ],
+    *[
+        Case(name=f"a number for {kind}", words=f"--{kind} 3", says=[f"{kind} must be a mapping with a name", "got 3"])
+        for kind in ("modifiers", "regularizers")
+    ],
+    Case(
+        name="a name for a key",
+        file=recipe(more="modifiers: {wpo: {clamp: true}}"),
+        says=["modifiers must be a mapping with a name", "got {'wpo': {'clamp': True}}"],
+    ),
+    *[
+        Case(
+            name=f"an α of divergence {divergence}",
+            words=f"--modifiers '{{name: f_divergence, divergence: {divergence}, divergence_alpha: 0.3}}'",
+            says=[f"modifiers.divergence_alpha has no effect: divergence {divergence} has none; remove it"],
+        )
+        for divergence in ("js", "forward_kl")
+    ],
+]
+
+TDPO_CACHED = [
+    "objective: tdpo compares whole distributions of policy and reference, and reference.source cached keeps one",
+    "set reference.source to live, or with a lora section to adapter_off",
+]
+REFERENCES = [
+    Case(name="tdpo with a cache", words="--objective tdpo", says=TDPO_CACHED),
+    Case(name="tdpo with a cache and an adapter", words="--objective tdpo --lora.r 4", says=TDPO_CACHED),
+    Case(name="tdpo among others", words="--objective '[{name: dpo}, {name: tdpo}]'", says=TDPO_CACHED),
+    Case(
+        name="tdpo with the adapter off and none there",
+        words="--objective tdpo --reference.source adapter_off",
+        says=["reference.source adapter_off needs a lora section"],
+    ),
+    Case(
+        name="tr_dpo with a cache",
+        words="--modifiers tr_dpo",
+        says=["modifiers: tr_dpo moves the reference, which a cache can't; set reference.source to live"],
+    ),
+    *[
+        Case(
+            name=f"tr_dpo with an adapter and a reference {source}",
+            words=f"--modifiers tr_dpo --lora.r 4 --reference.source {source}",
+            says=["modifiers: tr_dpo moves all weights of the reference; leave the lora section out"],
+        )
+        for source in ("cached", "live", "adapter_off")
+    ],
+    Case(
+        name="tr_dpo with flow",
+        words="--objective irpo --modifiers tr_dpo --reference.source live --token_weights flow",
+        says=["modifiers: tr_dpo moves the reference that token_weights take from the start; keep one"],
+    ),
+    *[
+        Case(
+            name=f"a reference that {objective} needs none of",
+            words=f"--objective {objective} --reference.source live",
+            says=[f"reference has no effect: {objective} needs no reference model; remove the section"],
+        )
+        for objective in ("simpo", "orpo", "bradley_terry")
+    ],
+]
+
+REGULARIZERS = [
+    Case(
+        name="a misspelt regularizer",
+        words="--regularizers l2_int",
+        says=["regularizers.name: unknown regularizer 'l2_int'; did you mean 'l2_init'?", "known: l2_init, wise_ft"],
+    ),
+    Case(
+        name="a misspelt key of a regularizer",
+        words="--regularizers '[{name: wise_ft, tuned_shre: 0.5}]'",
+        says=["regularizers.0.tuned_shre; did you mean 'tuned_share'?"],
+    ),
+    Case(
+        name="a misspelt section of regularizers",
+        file=recipe(more="regularisers: l2_init"),
+        says=["unknown section 'regularisers'; did you mean 'regularizers'?"],
+    ),
+    *[
+        Case(
+            name=f"{name} twice",
+            words=f"--regularizers '[{name}, {name}]'",
+            says=[f"regularizers: {name} is listed twice; keep one"],
+        )
+        for name in ("l2_init", "wise_ft")
+    ],
+    *[
+        Case(
+            name=f"l2_init of an adapter, {words}",
+            words=f"--regularizers {words} --lora.r 4",
+            says=["regularizers: l2_init is of all weights, and with a lora section they don't move; leave one out"],
+        )
+        for words in ("l2_init", "'[wise_ft, l2_init]'")
+    ],
+    *[
+        Case(
+            name=f"wise_ft with {words}",
+            words=f"--regularizers wise_ft {words}",
+            says=[
+                "regularizers: wise_ft needs an adapter that starts as nothing and is a sum of weights",
+                "leave lora.adapter_name_or_path, lora.modules_to_save and lora.use_dora out",
+            ],
+        )
+        for words in ("--lora.use_dora true", "--modules_to_save '[lm_head]'", "--adapter_name_or_path ./adapter")
+    ],
+    Case(
+        name="a misspelt reward transform",
+        words="--reward_transforms zscore",
+        says=["reward_transforms.name: unknown reward transform 'zscore'; did you mean 'z_score'?"],
+    ),
+    Case(
+        name="a misspelt sample weight",
+        words="--objective irpo --token_weights lin_uper",
+        says=["token_weights.name: unknown token weight 'lin_uper'; did you mean 'lin_upper'?"],
+    ),
+    Case(
+        name="a sample weight without a likelihood term",
+        words="--token_weights lin_upper",
+        says=["token_weights: lin_upper weighs likelihood terms, and this objective has none"],
+    ),
+    Case(
+        name="a sample weight twice",
+        words="--objective irpo --token_weights '[lin_upper, dft, lin_upper]'",
+        says=["token_weights: lin_upper is listed twice"],
+    ),
+]
+
+REWARD_MODELS = [
+    *[
+        Case(
+            name=f"{first} beside {second}",
+            words=f"--objective '[{{name: {first}}}, {{name: {second}}}]'",
+            says=[f"objective: {head} trains a scalar head and {other} a language model; take one of them"],
+        )
+        for first, second, head, other in [
+            ("bradley_terry", "dpo", "bradley_terry", "dpo"),
+            ("kto", "reward_regression", "reward_regression", "kto"),
+            ("simpo", "scaled_bt", "scaled_bt", "simpo"),
+        ]
+    ],
+    Case(
+        name="a token weight of a reward model",
+        words="--objective bradley_terry --token_weights dft",
+        says=["token_weights: dft weighs likelihood terms, and this objective has none"],
+    ),
+    Case(
+        name="an architecture without scalar heads",
+        words="--objective bradley_terry --model_name_or_path ./mamba",
+        arrange=a_mamba,
+        says=["'./mamba' is a mamba model, for which transformers has no scalar head; name another model"],
+    ),
+    Case(
+        name="a module to save that a reward model has not",
+        words="--objective bradley_terry --lora.modules_to_save '[lm_head]'",
+        says=["lora.modules_to_save: no module of the model is called 'lm_head'", "score"],
+    ),
+]
+
+OUT_OF_RANGE = {
+    "objective": {
+        "robust": [("beta", "0", "> 0 and finite"), ("label_smoothing", "0.5", "in [0, 0.5)")],
+        "dpo_norm": [("beta", "-1", "> 0 and finite")],
+        "dpop": [("beta", "0", "> 0 and finite"), ("penalty", "-1", ">= 0 and finite")],
+        "ipo": [("beta", "0", "> 0 and finite"), ("reduction", "max", "'mean' or 'sum'")],
+        "exo": [
+            ("label_smoothing", "0", "in (0, 0.5), 0.001 in TRL; at 0 the loss is infinite"),
+            ("label_smoothing", "0.5", "in (0, 0.5)"),
+        ],
+        "discopop": [("tau", "2", "in (0, 1], 0.05 in the paper"), ("tau", "0", "in (0, 1]")],
+        "bco_pair": [("shift", "balanced", "'mean' or 'none'")],
+        **{name: [("beta", "0", "> 0 and finite")] for name in ("cal_dpo", "hinge", "nca", "sppo")},
+        **{name: [("beta", "-0.1", "> 0 and finite")] for name in ("apo_zero", "apo_down", "aot", "aot_unpaired")},
+        "beta_dpo": [
+            ("modulation", "-1", ">= 0 and finite, 0.6 in the paper"),
+            ("filtered", "1", "in [0, 1), 0.2 in the paper"),
+            ("momentum", "1", "in [0, 1), 0.9 in the paper"),
+            ("seed", "-1", "in [0, 2³¹)"),
+        ],
+        "cpo": [
+            ("cpo_alpha", "-1", ">= 0 and finite, 1 in the paper"),
+            ("label_smoothing", "0.5", "in [0, 0.5)"),
+            ("link", "squared", "'sigmoid', 'hinge' or 'ipo'"),
+        ],
+        "simpo": [("gamma", "-0.5", ">= 0 and finite"), ("label_smoothing", "1", "in [0, 0.5)")],
+        "alpha_po": [("alpha", "11", "in [-10, 10], 0.25 in the paper"), ("gamma", "-1", ">= 0 and finite")],
+        "orpo": [("beta", "0", "> 0 and finite"), ("nll", "row", "'token' or 'sequence'")],
+        "tdpo": [("alpha", "-1", ">= 0 and finite, 0.5 in the paper"), ("variant", "tdpo3", "'tdpo1' or 'tdpo2'")],
+        "apo_zero_unpaired": [(f"{kind}_weight", "0", "> 0 and finite") for kind in ("desirable", "undesirable")],
+        "bco": [("shift", "median", "'mean' or 'balanced'")],
+        "rpo_reward_aware": [
+            ("reward_scale", "0", "> 0 and finite"),
+            ("distance", "kl", "'bwd_kl', 'fwd_kl' or 'sq'"),
+        ],
+        "sft": [("leg", "rejected", "'gold' or 'chosen'"), ("per", "batch", "'token', 'sequence' or 'row'")],
+        "dco": [
+            ("attempts", "0", "in [1, 2²⁰], the pass@N budget"),
+            ("attempts", "1.5", "a whole number"),
+            ("leg", "rejected", "'gold' or 'chosen'"),
+        ],
+        **{name: [("leg", "completion", "'gold' or 'chosen'")] for name in ("ntl_mse", "ntl_was")},
+        "symbolic, program: chosen": [
+            ("link", "log", "'logistic', 'squared' or 'hinge'"),
+            ("beta", "0", "> 0 and finite"),
+            ("reduction", "max", "'mean' or 'sum'"),
+        ],
+        "bradley_terry": [
+            ("center_rewards_coefficient", "-1", ">= 0 and finite, 0.01 in TRL's documentation"),
+            ("attribute", "' '", "the name of an output"),
+        ],
+        **{name: [("attribute", "''", "the name of an output")] for name in ("margin_bt", "scaled_bt")},
+        "reward_regression": [
+            *[
+                ("attributes", names, "different names of columns with ratings")
+                for names in ("[]", "[a, a]", "[chosen]")
+            ],
+            ("attributes", "helpfulness", "a list"),
+        ],
+    },
+    "modifiers": {
+        "r_dpo": [("length_alpha", "0", "finite and not 0, 0.005 to 0.05 at first")],
+        "ld_dpo": [
+            ("ld_alpha", "1", "in [0, 1) (1 changes nothing), 0.5 in the paper"),
+            ("applies_to", "reference", "'both' or 'policy'"),
+        ],
+        "wpo": [("clamp", "1.5", "true or false")],
+        "mm_dpo": [("scaling", "0", "> 0 and finite, 0.5 in the paper"), ("sharpness", "-1", "> 0 and finite")],
+        "f_divergence": [
+            ("divergence", "reverse_kl", "'forward_kl', 'js' or 'alpha' (reverse_kl is dpo itself)"),
+            ("divergence", "js_divergence", "'forward_kl', 'js' or 'alpha'"),
+            ("divergence_alpha", "1", "in [0, 1), 0.5 in TRL; 1 would be dpo itself"),
+        ],
+        "tr_dpo": [("sync_alpha", "0", "in (0, 1], 0.6 in TRL"), ("sync_steps", "0", ">= 1")],
+    },
+    "token_weights": {
+        **{
+            name: [
+                ("temperature", "0", "> 0 and finite, 0.4 or 1 in the paper"),
+                ("warmup_steps", "-1", ">= 0, 1000 in the paper's pretraining"),
+            ]
+            for name in ("lin_upper", "quadratic", "extremes")
+        },
+        **{name: [("legs", "gold", "a list")] for name in ("dft", "flow")},
+    },
+    "regularizers": {
+        "l2_init": [("coef", "0", "> 0 and finite, 0.01 in the authors' code"), ("norm", "l3", "'l2' or 'l1'")],
+        "wise_ft": [("tuned_share", "1", "in (0, 1), 0.5 in the paper"), ("tuned_share", "0", "in (0, 1)")],
+    },
+    "reward_transforms": {
+        "log_sigmoid_centered": [("quantile", "1.5", "in [0, 1]")],
+        "clip": [("lowest", "null", "a finite number, unless highest is one")],
+        "clip, lowest: 1": [("highest", "0", "above lowest (1.0)")],
+        "length_penalty": [("alpha", "0", "> 0 and finite")],
+        "r3": [("questions", "shut", "'open', 'closed' or 'mixed'"), ("most_words", "0", ">= 1")],
+    },
+}
+"""By section and entry: keys, a value that each may not have, and what it must be instead."""
+
+RANGES = [
+    *[
+        Case(
+            name=f"{key} {value} of {name}",
+            file=recipe(
+                "{name: dpo}" if kind == "objective" else "",
+                f"{{name: {name}, {key}: {value}}}" if kind == "objective" else "",
+                more="" if kind == "objective" else f"{kind}: [{{name: {name}, {key}: {value}}}]",
+            ),
+            says=[f"{kind}{'' if kind == 'objective' else '.0'}.{key} must be {expected}", "got "],
+        )
+        for kind, entries in OUT_OF_RANGE.items()
+        for name, keys in entries.items()
+        for key, value, expected in keys
+    ],
+    *[
+        Case(
+            name=f"{key} of {name} is idle",
+            file=recipe("name: dpo", f"name: {name}, {key}: {value}"),
+            says=[f"objective.{key} has no effect: {reason}; remove it"],
+        )
+        for name, key, value, reason in [
+            ("tdpo, variant: tdpo1", "alpha", 1, "variant tdpo1 has none"),
+            ("beta_dpo, filtered: 0", "seed", 1, "with filtered 0 every row is selected"),
+            ("beta_dpo, filtered: 0, modulation: 0", "momentum", 0.5, "with filtered 0 and modulation 0 this is dpo"),
+        ]
+    ],
+    *[
+        Case(
+            name=f"label smoothing of a link {link} of cpo",
+            words=f"--objective '{{name: cpo, link: {link}, label_smoothing: 0.1}}'",
+            says=[f"objective.label_smoothing has no meaning with link {link}; use link sigmoid, or leave it out"],
+        )
+        for link in ("hinge", "ipo")
+    ],
+    *[
+        Case(name=f"a program that is {what}", words=f"--objective '{{name: symbolic, {keys}}}'", says=says)
+        for what, keys, says in [
+            ("not there", "beta: 1", ["objective.program is required", "--program VALUE"]),
+            (
+                "about nobody",
+                "program: rejected -> chsen",
+                ["objective: 'rejected -> chsen' is no formula: 'chsen' is no variable", "write e.g. 'rejected -> "],
+            ),
+            ("cut off", "program: rejected ->", ["'rejected ->' is no formula: it ends too early", "write e.g. "]),
+            (
+                "about the reference alone",
+                "program: ref_chosen",
+                ["objective.program must speak of chosen or rejected"],
+            ),
+            (
+                "compared with the reference twice",
+                "program: ref_chosen -> chosen, reference: true",
+                ["objective.reference subtracts what this program already names", "leave one out"],
+            ),
+        ]
+    ],
+]
+
 OTHERS = "or use an objective that works with this data:"
 
 
@@ -1057,17 +1560,146 @@ def scored(*scores: float, number: int = 8) -> list[dict[str, Any]]:
     ]
 
 
+def rated(**ratings: Any) -> list[dict[str, Any]]:
+    return [{"prompt": f"Say {i}.", "completion": f" {i}!", **ratings} for i in range(8)]
+
+
 def labelled(*labels: bool) -> list[dict[str, Any]]:
     return [{"prompt": f"Say {i}.", "completion": f" {i}!", "label": label} for i, label in enumerate(labels)]
 
 
+NEED_BOTH = (
+    "rows.jsonl, row 0: the objective needs scores of chosen and rejected and the rows have prompt, chosen, reject"
+)
+ADD_BOTH = "add score_chosen and score_rejected columns, or a margin (data.columns maps names)"
+NO_RATING = "and no row has a score of it (scores there: "
+
 SHAPES = [
+    *[
+        Case(
+            name=f"no scores for {objective}",
+            words=f"--objective {objective}",
+            says=[NEED_BOTH, ADD_BOTH, OTHERS, "dpo, ipo, simpo"],
+        )
+        for objective in ("rpo_reward_aware", "margin_bt", "scaled_bt")
+    ],
+    Case(
+        name="no scores for a reward transform",
+        words="--reward_transforms z_score",
+        says=["rows.jsonl: reward_transforms change the scores of several responses", "use lists of scored", "leave"],
+    ),
+    Case(name="no scores for a modifier", words="--modifiers mm_dpo", says=[NEED_BOTH, ADD_BOTH]),
+    *[
+        Case(
+            name=f"no score of the {lacking} response",
+            words="--objective rpo_reward_aware",
+            rows=each(**{f"score_{there}": 2.0}),
+            says=[f"row 0: the objective needs scores of {lacking}", f"add score_{lacking}", OTHERS, "dpo, ipo"],
+        )
+        for there, lacking in [("chosen", "rejected"), ("rejected", "chosen")]
+    ],
+    Case(
+        name="one row without scores",
+        words="--objective scaled_bt",
+        rows=[row | ({} if i == 5 else {"score_chosen": 2, "score_rejected": 1}) for i, row in enumerate(pairs())],
+        says=["rows.jsonl, row 5: the objective needs scores of chosen and rejected and this row has", ADD_BOTH],
+    ),
+    Case(
+        name="a margin that is no number",
+        words="--objective margin_bt",
+        rows=each(margin="much"),
+        says=["rows.jsonl: none of 8 rows can be used", "row 0: margin is not a finite number", "mend the rows"],
+    ),
+    Case(
+        name="neither pairs nor scores",
+        words="--objective margin_bt",
+        rows=labelled(True, False),
+        says=[
+            "row 0: the objective needs chosen and rejected responses and scores of chosen and rejected",
+            *("add chosen, rejected, score_chosen and score_rejected columns", OTHERS, "kto, bco"),
+        ],
+    ),
+    *[
+        Case(
+            name=f"no rating of {attribute}, {what}",
+            words=f"--objective '{{name: reward_regression, attributes: [{names}]}}'",
+            rows=rows,
+            says=[
+                f"rows.jsonl: the objective learns the attribute {attribute!r}, {NO_RATING}{there})",
+                f"add a column {attribute}, map one with data.columns, or change the objective's attributes",
+            ],
+        )
+        for what, names, attribute, there, rows in [
+            ("of pairs", "score", "score", "none", pairs()),
+            ("of completions", "helpfulness", "helpfulness", "none", rated()),
+            ("but of another", "helpfulness, wit", "wit", "helpfulness", rated(helpfulness=3)),
+            ("but empty ones", "wit", "wit", "none", rated(wit=None)),
+            ("of labels", "score", "score", "none", labelled(True, False)),
+        ]
+    ],
+    Case(
+        name="a rating that is no number",
+        words="--objective '{name: reward_regression, attributes: [wit]}'",
+        rows=rated(wit="some"),
+        says=["rows.jsonl: none of 8 rows can be used", "row 0: wit is not a finite number", "mend the rows"],
+    ),
+    Case(
+        name="a rating mapped to no column",
+        words="--objective '{name: reward_regression, attributes: [wit]}' --columns '{wit: humour}'",
+        rows=rated(humor=3),
+        says=["rows.jsonl: data.columns maps wit to 'humour', which is not there", "did you mean 'humor'?"],
+    ),
+    Case(
+        name="a rating mapped from another attribute",
+        words="--objective '{name: reward_regression, attributes: [wit]}' --columns '{wits: humor}'",
+        rows=rated(humor=3),
+        says=["data.columns: 'wits' is no column of ours; did you mean 'wit'?"],
+    ),
+    *[
+        Case(
+            name=f"no gold for {objective}",
+            words=f"--objective {objective}",
+            says=["row 0: the objective needs a gold response", "add a gold or reference column", OTHERS, "dpo, ipo"],
+        )
+        for objective in ("dco", "ntl_mse", "ntl_was", "tpo_l")
+    ],
+    *[
+        Case(
+            name=f"no pairs for {objective}",
+            words=f"--objective {objective} {more}",
+            rows=labelled(True, False, True, False),
+            says=[
+                "row 0: the objective needs chosen and rejected responses",
+                "add chosen and rejected columns",
+                OTHERS,
+            ],
+        )
+        for objective, more in [("simpo", ""), ("tdpo", "--reference.source live"), ("aot", ""), ("bradley_terry", "")]
+    ],
+    Case(
+        name="thumbs up only for apo_zero_unpaired",
+        words="--objective apo_zero_unpaired",
+        rows=labelled(*[True] * 8),
+        says=["rows.jsonl: all 8 training rows have label true", "add rows with label false"],
+    ),
+    Case(
+        name="a tokenizer without digits",
+        words="--objective '[{name: sft, leg: chosen}, {name: ntl_was, leg: chosen}]'",
+        rows=[{"prompt": "Say it.", "chosen": f" {'a' * (i + 1)}.", "rejected": " No."} for i in range(8)],
+        arrange=without_digits,
+        says=["the tokenizer has 1 number tokens", "use a tokenizer that splits numbers into digits, or another objec"],
+        model_loaded=True,
+    ),
     Case(
         name="no gold for tpo",
         words="--objective tpo",
         says=[
             "rows.jsonl, row 0: the objective needs a gold response and the rows have prompt, chosen, rejected",
-            *("add a gold or reference column (data.columns maps names)", OTHERS, "bco, dpo, irpo, kto, rpo"),
+            *(
+                "add a gold or reference column (data.columns maps names)",
+                OTHERS,
+                "dpo, ipo, simpo, orpo, rpo, kto, bco",
+            ),
         ],
     ),
     Case(
@@ -1084,7 +1716,7 @@ SHAPES = [
         rows=labelled(True, False, True, False),
         says=[
             "rows.jsonl, row 0: the objective needs chosen and rejected responses",
-            *("the rows have prompt, completion, label", "add chosen and rejected columns", OTHERS, "bco, kto"),
+            *("the rows have prompt, completion, label", "add chosen and rejected columns", OTHERS, "kto, bco"),
         ],
     ),
     Case(
@@ -1219,6 +1851,11 @@ TABLE = {
     "output": OUTPUT,
     "resume": RESUME,
     "parts": PARTS,
+    "modifier": MODIFIERS,
+    "reference": REFERENCES,
+    "regularizer": REGULARIZERS,
+    "reward model": REWARD_MODELS,
+    "range": RANGES,
     "shapes": SHAPES,
 }
 
@@ -1347,6 +1984,20 @@ def test_no_value_of_a_key_ends_in_a_traceback(key: str) -> None:
     assert not any("\n" in refusal([*base, f"--{key}={value}"]) for value in ODD)
 
 
+NAMED_KEYS = [(kind, name) for kind, registry in NAMED.items() for name in registry.names()]
+
+
+@pytest.mark.parametrize(("kind", "name"), NAMED_KEYS, ids=lambda each: each)
+def test_no_value_of_an_entry_s_key_ends_in_a_traceback(kind: str, name: str) -> None:
+    """Nor in a sentence that does not name the key, or the section where it is about several keys."""
+    base = [f"{key}={value}" for key, value in BASE.items() if kind != "objective" or "objective" not in key]
+    for key in defaults(NAMED[kind][name]):
+        for value in ODD:
+            told = refusal([*base, f"--{kind}={{name: {name}}}", f"--{kind}.{key}={value}"])
+            assert "\n" not in told
+            assert not told or kind in told, (key, value)
+
+
 class Loads(Exception):  # noqa: N818  # no fault: the run went on
     """Raised in the place of loading a model."""
 
@@ -1429,6 +2080,15 @@ def test_a_package_that_an_optimizer_lacks(
     assert main(command("--optim adamw_8bit")) == 2
     assert_says(sentence(capsys), ["train.optim adamw_8bit", "install `bitsandbytes`", "adamw_torch"])
     assert not loaded
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_engines_that_shard_parameters(kind: str) -> None:
+    with pytest.raises(RunError) as raised:
+        refuse_sharded(kind, ["l2_init", "wise_ft"])
+    assert_says(str(raised.value), ["l2_init and wise_ft need whole parameters", kind, "launch without it, or leave"])
+    refuse_sharded(kind, [])
+    refuse_sharded("MULTI_GPU", ["l2_init"])
 
 
 # ---- disks ----
