@@ -52,7 +52,8 @@ def _weights(
     known = losses[there].double()
     low, high = known.min(), known.max()
     position = (2 * known - (high + low)) / (high - low).clamp(min=1e-6)
-    shares = torch.softmax(shape(position) / temperature, dim=0)
+    scores = shape(position)
+    shares = torch.softmax((scores - scores.max()) / temperature, dim=0)  # the difference: a quotient may be infinite
     weights = torch.ones_like(losses, dtype=torch.float64)
     weights[there] = shares * len(known)
     # In float32 an all but excluded row would be 0, and so a row less in the counts.

@@ -1,6 +1,7 @@
-"""Token weights: laws for all that are registered, and goldfish, TALR and FLOW against numbers of others.
+"""Token weights: laws for all that are registered, and goldfish, TALR, FLOW and DFT against numbers of others.
 
-How they are put together and applied to a batch is in ``test_weighting``.
+How they are put together and applied to a batch is in ``test_weighting``; what holds for weights of rows, in
+``test_sample_weights``.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from objectives import TOKEN_WEIGHTS, AdaptiveWeight, Leg, LegBatch, MaskWeight, TokenWeight
+from objectives import TOKEN_WEIGHTS, AdaptiveWeight, Leg, LegBatch, MaskWeight, SampleWeight, TokenWeight
 from objectives.registry import field_docs, formula, source
+from objectives.sample_weights import LinUpper
 from objectives.sft import SFT
-from objectives.token_weights import FLOW, TABLE_SIZE, TALR, Goldfish, goldfish_table, median
+from objectives.token_weights import DFT, FLOW, TABLE_SIZE, TALR, Goldfish, goldfish_table, median
 from tests.objectives import transcriptions_weights as transcriptions
 from tests.objectives.batches import (
     FP64_ROUNDING,
@@ -43,13 +45,24 @@ from tests.support import VECTORS
 every_weight = pytest.mark.parametrize("name", TOKEN_WEIGHTS.names())
 masks = [name for name in TOKEN_WEIGHTS.names() if isinstance(TOKEN_WEIGHTS[name](), MaskWeight)]
 adaptive = [name for name in TOKEN_WEIGHTS.names() if isinstance(TOKEN_WEIGHTS[name](), AdaptiveWeight)]
+sampled = [name for name in TOKEN_WEIGHTS.names() if isinstance(TOKEN_WEIGHTS[name](), SampleWeight)]
+relative = [name for name in adaptive if TOKEN_WEIGHTS[name].over != "token"]
+"""Those with a temperature that is estimated."""
 every_mask = pytest.mark.parametrize("name", masks)
 every_adaptive = pytest.mark.parametrize("name", adaptive)
+every_relative = pytest.mark.parametrize("name", relative)
 seeds = st.integers(0, 1000)
 
 LEGS = Values(allowed=((), ("gold",)), refused=())
 
+SAMPLED = {
+    "temperature": Values(allowed=(1e-300, 0.4, 1e6), refused=(0.0, -1.0, *NOT_A_NUMBER)),
+    "warmup_steps": Values(allowed=(0, 1000), refused=(-1,)),
+    "legs": LEGS,
+}
 KEYS: dict[tuple[str, str], Values] = {
+    **{(name, key): values for name in ("lin_upper", "quadratic", "extremes") for key, values in SAMPLED.items()},
+    ("dft", "legs"): LEGS,
     ("flow", "legs"): LEGS,
     ("goldfish", "k"): Values(allowed=(2, 4, 128), refused=(1, 0, -3)),
     ("goldfish", "h"): Values(allowed=(1, 4, 13), refused=(0, -1)),
@@ -86,8 +99,8 @@ def number(value: float) -> Tensor:
 
 
 def test_the_registry_is_not_empty():
-    assert set(masks) | set(adaptive) == set(TOKEN_WEIGHTS.names()) >= {"flow", "goldfish", "talr"}
-    assert not set(masks) & set(adaptive)
+    assert sorted([*masks, *adaptive, *sampled]) == sorted(TOKEN_WEIGHTS.names())
+    assert {"flow", "goldfish", "talr", "dft", "lin_upper", "quadratic", "extremes"} <= set(TOKEN_WEIGHTS.names())
 
 
 def test_every_key_is_in_the_table():
@@ -97,7 +110,7 @@ def test_every_key_is_in_the_table():
 @every_weight
 def test_docstrings_have_formula_source_and_keys(name: str):
     cls = TOKEN_WEIGHTS[name]
-    assert re.match(r"weight_t = ", formula(cls)), "the first indented block is the formula"
+    assert re.match(r"weight_[ti] = ", formula(cls)), "the first indented block is the formula"
     assert re.search(r"arXiv:\d{4}\.\d{5}", source(cls)), "References: with something to look up"
     docs = field_docs(cls)
     for field in fields(cls):
@@ -205,7 +218,7 @@ def test_adaptive_weights_are_positive_and_at_most_one(name: str, dtype: torch.d
                         assert metric.total.isfinite(), key
 
 
-@every_adaptive
+@every_relative
 def test_an_infinite_temperature_weighs_nothing(name: str):
     """The state before the first step: every weight is exactly 1, not only nearly."""
     leg = leg_of(2, scale=1e5)
@@ -252,7 +265,7 @@ def test_rows_may_be_split_and_permuted(name: str, seed: int, cut: int, order: l
     assert_close(weight(parts[2], tau), weight(leg, tau)[torch.tensor(order)], **FP64_ROUNDING)
 
 
-@every_adaptive
+@every_relative
 def test_rows_without_tokens_have_no_part_in_the_median(name: str):
     weight, leg = TOKEN_WEIGHTS[name](), leg_of(3)
     cut = replace(leg, mask=leg.mask & torch.tensor([[True], [False], [True], [False]]))
@@ -433,7 +446,7 @@ def test_the_loss_is_a_mean_over_what_is_kept():
     assert loss_and_grad(SFT(), alone(leg))[0].item() == 1.4375
 
 
-# TALR and FLOW.
+# TALR, FLOW and DFT.
 
 
 def applied(weight: AdaptiveWeight, leg: Leg, tau: Tensor) -> tuple[Tensor, Tensor]:
@@ -515,6 +528,30 @@ def test_flow_looks_at_the_reference_only():
         FLOW()(replace(leg, ref_logps=None), number(0.7))
 
 
+def test_dft_by_hand():
+    """Tokens of probability 1, 1/2, 1/4 and e⁻¹⁰: weights are these, and Σ p·(−log p)/4 = (0 + .3466 + .3466 + …)/4."""
+    logps = [[0.0, -math.log(2)], [-math.log(4), -10.0]]
+    leg = make_rows(logps)
+    assert DFT()(leg, number(1.0)).flatten().tolist() == pytest.approx([1, 0.5, 0.25, math.exp(-10)])
+    loss, slopes = applied(DFT(), leg, number(1.0))
+    assert loss.item() == pytest.approx((math.log(2) / 2 + math.log(4) / 4 + 10 * math.exp(-10)) / 4)
+    assert slopes.flatten().tolist() == pytest.approx([-1 / 4, -1 / 8, -1 / 16, -math.exp(-10) / 4])
+    metric = DFT().metrics(leg, number(1.0))["dft/weight"]
+    assert (metric.total.item(), metric.count) == (pytest.approx(1.75 + math.exp(-10)), 4)
+
+
+@given(seed=seeds, rows=st.integers(1, 6))
+def test_dft_is_what_the_paper_says(seed: int, rows: int):
+    """And has no temperature: whatever it is given, no other number comes out."""
+    leg = leg_of(seed, rows=rows)
+    logps = ragged(leg.logps, leg)
+    for tau in (1.0, 0.3, math.inf):
+        loss, slopes = applied(DFT(), leg, number(tau))
+        expected_loss, expected_slopes = transcriptions.weighted_nll(logps, transcriptions.dft(logps))
+        assert loss.item() == pytest.approx(expected_loss, rel=1e-11)
+        assert_close(slopes[leg.mask], flat(expected_slopes), **TRANSCRIPTION)
+
+
 def test_an_even_median_is_the_mean_of_the_middle_two():
     """torch.median takes the lower: 0.525 in place of 0.645833."""
     assert median(torch.tensor([2.3 / 3, 0.525], dtype=torch.float64)).item() == pytest.approx(0.645833, **SIX_PLACES)
@@ -544,9 +581,10 @@ def read(case: dict[str, Any]) -> Leg:
     [
         *(pytest.param(TALR(min_weight=p.values[0]["config"]["floor"]), *p.values, id=p.id) for p in cases("talr")),
         *(pytest.param(FLOW(), *p.values, id=f"flow-{p.id}") for p in cases("flow")),
+        *(pytest.param(DFT(), *p.values, id=f"dft-{p.id}") for p in cases("dft")),
     ],
 )
-def test_adaptive_vector(weight: TALR | FLOW, case: dict[str, Any]):
+def test_adaptive_vector(weight: TALR | FLOW | DFT, case: dict[str, Any]):
     leg, tau = read(case), number(case["state"]["temperature"])
     assert_close(weight.tau(weight.losses(leg)), tau, **FP64_ROUNDING)
     expected = torch.tensor(case["weight"], dtype=torch.float64).reshape(len(leg.mask), -1).expand_as(leg.logps)
@@ -592,9 +630,10 @@ def flat(rows: transcriptions.Ragged) -> Tensor:
     return torch.tensor(list(itertools.chain.from_iterable(rows)), dtype=torch.float64)
 
 
-def test_protocols_tell_the_two_kinds_apart():
+def test_protocols_tell_the_kinds_apart():
     """A mask has no temperature, and an adaptive weight cannot drop."""
-    kinds: list[TokenWeight] = [Goldfish(), TALR(), FLOW()]
-    assert [isinstance(weight, MaskWeight) for weight in kinds] == [True, False, False]
-    assert [isinstance(weight, AdaptiveWeight) for weight in kinds] == [False, True, True]
-    assert (TALR.over, FLOW.over) == ("step", "dataset")
+    kinds: list[TokenWeight] = [Goldfish(), TALR(), FLOW(), DFT(), LinUpper()]
+    assert [isinstance(weight, MaskWeight) for weight in kinds] == [True, False, False, False, False]
+    assert [isinstance(weight, AdaptiveWeight) for weight in kinds] == [False, True, True, True, False]
+    assert [isinstance(weight, SampleWeight) for weight in kinds] == [False, False, False, False, True]
+    assert (TALR.over, FLOW.over, DFT.over) == ("step", "dataset", "token")

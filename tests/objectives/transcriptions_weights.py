@@ -103,3 +103,31 @@ def flow(initial_logps: Ragged, *, temperature: float) -> list[float]:
     The loss divides by the number of tokens, not by the sum of weights.
     """
     return [math.exp(math.fsum(row) / len(row) / temperature) for row in initial_logps]
+
+
+def dft(logps: Ragged) -> Ragged:
+    """Weights of arXiv:2508.05629, Eq. 9: each token's own probability, a constant of the gradient."""
+    return [[math.exp(log_p) for log_p in row] for row in logps]
+
+
+def sample_shares(losses: Sequence[float], *, strategy: str, temperature: float) -> list[float]:
+    """Sow et al. 2025, "Dynamic loss-based sample reweighting": each sample's share of the loss; they sum to 1."""
+    low, high = min(losses), max(losses)
+    middle, half = (high + low) / 2, max((high - low) / 2, 5e-7)
+    scores = []
+    for loss in losses:
+        h = (loss - middle) / half
+        if strategy == "lin_upper":
+            f = h + 1 if h < 0 else 1.0
+        elif strategy == "quadratic":
+            f = 1 - h * h
+        else:
+            f = h if h > 0 else -h
+        scores.append(math.exp(f / temperature))
+    return [score / math.fsum(scores) for score in scores]
+
+
+def weighted_rows(logps: Ragged, shares: Sequence[float]) -> tuple[float, Ragged]:
+    """Σ share · mean loss over sequences; gradient for log p, shares being constants."""
+    loss = math.fsum(-share * math.fsum(row) / len(row) for share, row in zip(shares, logps, strict=True))
+    return loss, [[-share / len(row) for _ in row] for share, row in zip(shares, logps, strict=True)]

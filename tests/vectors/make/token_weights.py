@@ -1,4 +1,4 @@
-"""Makes ``weights/goldfish.json``, ``weights/talr.json`` and ``weights/flow.json``: token weights, not objectives.
+"""Makes the files in ``weights``: token and sample weights, not objectives.
 
     git clone https://github.com/ahans30/goldfish-loss
     git -C goldfish-loss checkout 35d29f96553462f6c30417f8065225aa6b89e172
@@ -6,10 +6,13 @@
     git -C distillation-retains-capabilities checkout 591331d251880789f943a313101d857e9b3da9ee
     git clone https://github.com/sanyalsunny111/FLOW_finetuning
     git -C FLOW_finetuning checkout f0011b7d6339e13c6ce6ebc79e08ac8b14689835
-    python -m tests.vectors.make.token_weights goldfish-loss distillation-retains-capabilities FLOW_finetuning
+    git clone https://github.com/sowmaster/Sample-Level-Loss-Reweighting-ICLR-2025
+    git -C Sample-Level-Loss-Reweighting-ICLR-2025 checkout edd6f1525892ea04274e85db9ba8639a58acdcae
+    python -m tests.vectors.make.token_weights goldfish-loss distillation-retains-capabilities FLOW_finetuning \\
+        Sample-Level-Loss-Reweighting-ICLR-2025
 
-The first and the last are the authors' code. TALR has none; the second is a re-implementation by others. All three
-import packages that need not be installed for this: only the functions named are compiled.
+The first, the third and the last are the authors' code. TALR has none; the second is a re-implementation by others. All
+import packages that need not be installed for this: only the functions named are compiled. DFT is the installed TRL's.
 
 Goldfish: ``keep`` says for each token of the response, ``tokens[prompt_length:]``, whether it stays in the loss. The
 code is given targets, which are the tokens after the first. Static masks count positions in the whole sequence, prompt
@@ -21,6 +24,10 @@ is read from the gradient, −w / N for each of N tokens.
 
 FLOW: ``initial_logps`` are those of the initial model, τ is ``np.median`` of their mean losses as in the authors'
 statistics; ``weight`` is one number per row. The loss divides by the number of tokens.
+
+LinUpper, Quadratic, Extremes: of the authors' trainer the functions g, h and f, and of their README the losses per row,
+put together as there, where the loss is the sum of shares times losses; ``share`` is one number per row. Their trainer
+multiplies shares by lengths besides.
 """
 
 from __future__ import annotations
@@ -35,11 +42,13 @@ import torch
 from torch import nn
 
 from tests.objectives import transcriptions_weights as transcriptions
+from tests.vectors.make import trl_stand_in
 from tests.vectors.make.writing import (
     IGNORED,
     PrescribedLogits,
     Ragged,
     assert_same,
+    assert_six_places,
     excerpt,
     logits_and_labels,
     mask_of,
@@ -235,7 +244,83 @@ def flow(checkout: Path) -> None:
     write("weights/flow", source, "tests/vectors/make/token_weights.py", cases, ["torch"])
 
 
+def dft() -> None:
+    cases = []
+    for batch, rows in batches().items():
+        loss, slopes = trl_stand_in.dft(rows)
+        check = transcriptions.weighted_nll(rows, transcriptions.dft(rows))
+        assert_same(batch, (loss, {"response": slopes}), (check[0], {"response": check[1]}))
+        number = sum(map(len, rows))
+        width = max(map(len, rows))
+        cases.append(
+            weight_case(
+                batch,
+                'SFTTrainer.compute_loss, loss_type="dft"',
+                {},
+                {"logps": rows},
+                1.0,
+                weight=(0.0 - padded(slopes, width) * number).tolist(),
+                loss=loss,
+                grad={"response": padded(slopes, width).tolist()},
+            )
+        )
+    assert_six_places(cases[0]["loss"], 0.211592)
+    write("weights/dft", "TRL's SFTTrainer, float64", "tests/vectors/make/token_weights.py", cases, ["trl", "torch"])
+
+
+def sample_weights(checkout: Path) -> None:
+    scope: dict[str, Any] = {"torch": torch}
+    h, g = (excerpt(checkout / "src" / "trainer.py", name, scope) for name in ("h_func", "g_func"))
+    readme = (checkout / "README.md").read_text(encoding="utf-8")
+    exec(readme.partition("```python")[2].partition("# Define reweighting function mapping")[0], scope)
+    known = {"lin_upper": 2.523125, "quadratic": 1.779563, "extremes": 1.827313}
+    for name, theirs in {"lin_upper": "linupper", "quadratic": "mid", "extremes": "extremes"}.items():
+        f = excerpt(checkout / "src" / "trainer.py", f"f_func_{theirs}", scope)
+        cases = []
+        given = {"known": [[-0.5, -0.5], [-1.0], [-2.0, -3.0, -1.0], [-3.5]], **batches()}
+        given["equal"] = [[-0.5, -1.5], [-1.0], [-1.25, -0.75, -1.0]]
+        for batch, rows in given.items():
+            for temperature in (0.4, 1.0):
+                width = max(map(len, rows))
+                logps = padded(rows, width).requires_grad_()
+                losses, _ = scope["get_batch_loss_from_logits"](*logits_and_labels(logps, mask_of(rows, width)))
+                with torch.no_grad():
+                    low, high = losses.min().item(), losses.max().item()
+                    scores = f(h(losses, delta=1.0, l_min=low, l_max=high))
+                    scores = g(scores - scores.max().item(), l=temperature)
+                    shares = scores / scores.sum()
+                loss = (shares * losses).sum()
+                (slopes,) = torch.autograd.grad(loss, logps)
+                check = transcriptions.weighted_rows(
+                    rows,
+                    transcriptions.sample_shares(
+                        [-sum(row) / len(row) for row in rows], strategy=name, temperature=temperature
+                    ),
+                )
+                result = loss.item(), {"response": ragged(slopes, rows)}
+                assert_same(batch, result, (check[0], {"response": check[1]}))
+                written = {"logps": padded(rows, width).tolist(), "mask": mask_of(rows, width).tolist()}
+                cases.append(
+                    {
+                        "name": f"{batch}-r{temperature}",
+                        "how": f"h_func, f_func_{theirs}, g_func and get_batch_loss_from_logits",
+                        "config": {"temperature": temperature},
+                        "legs": {"response": written},
+                        "share": shares.tolist(),
+                        "loss": loss.item(),
+                        "grad": {"response": slopes.tolist()},
+                    }
+                )
+        assert_six_places(cases[0]["loss"], known[name])
+        source = (
+            "sowmaster/Sample-Level-Loss-Reweighting-ICLR-2025 at edd6f1525892ea04274e85db9ba8639a58acdcae, float64"
+        )
+        write(f"weights/{name}", source, "tests/vectors/make/token_weights.py", cases, ["torch"])
+
+
 if __name__ == "__main__":
     goldfish(Path(sys.argv[1]))
     talr(Path(sys.argv[2]))
     flow(Path(sys.argv[3]))
+    dft()
+    sample_weights(Path(sys.argv[4]))

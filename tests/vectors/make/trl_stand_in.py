@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl import DPOTrainer, RewardTrainer
+from trl import DPOTrainer, RewardTrainer, SFTTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
@@ -24,12 +24,14 @@ from tests.vectors.make.writing import (
     OfHeads,
     PrescribedLogits,
     PrescribedLogps,
+    Ragged,
     Result,
     both_legs,
     in_double,
     logits_of,
     mask_of,
     padded,
+    ragged,
 )
 
 
@@ -93,6 +95,29 @@ def dpo(
         loss = DPOTrainer._compute_loss(trainer, policy, inputs, return_outputs=False)
         (slopes,) = torch.autograd.grad(loss, logps)
     return loss.item(), both_legs(slopes, legs)
+
+
+def dft(rows: Ragged) -> tuple[float, Ragged]:
+    """``SFTTrainer.compute_loss`` with ``loss_type="dft"`` on these responses; the loss, and its slopes by log-probs."""
+    width = max(map(len, rows))
+    mask = mask_of(rows, width)
+    logps = padded(rows, width).requires_grad_()
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(training=True),
+        accelerator=SimpleNamespace(**vars(ALONE), parallelism_config=None),
+        args=SimpleNamespace(loss_type="dft", average_tokens_across_devices=False),
+        aux_loss_enabled=False,
+        compute_loss_func=None,
+        label_smoother=None,
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    model = PrescribedLogps(lambda _: torch.where(mask.bool(), logps, 0.0), label_mask=mask)
+    inputs = {"attention_mask": torch.ones_like(mask)}
+    loss = SFTTrainer.compute_loss(trainer, model, inputs, num_items_in_batch=mask.sum())
+    (slopes,) = torch.autograd.grad(loss, logps)
+    return loss.item(), ragged(slopes, rows)
 
 
 def cpo(
