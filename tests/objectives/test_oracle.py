@@ -68,6 +68,16 @@ def small(trl: ModuleType) -> dict[str, Any]:
     return importlib.import_module("tests.vectors.make.writing").SMALL
 
 
+def test_dynamic_fine_tuning_of_trl_gives_what_is_on_record(trl: ModuleType):
+    for case in contents("weights/dft")["cases"]:
+        response = case["legs"]["response"]
+        rows = [row[: sum(mask)] for row, mask in zip(response["logps"], response["mask"], strict=True)]
+        loss, slopes = trl.dft(rows)
+        assert loss == pytest.approx(case["loss"], rel=1e-12)
+        for found, on_record in zip(slopes, case["grad"]["response"], strict=True):
+            assert found == pytest.approx(on_record[: len(found)], rel=1e-12)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_trl_gives_what_is_on_record(script: str, monkeypatch: pytest.MonkeyPatch):
     files = imported(monkeypatch, script).files()

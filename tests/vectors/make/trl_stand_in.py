@@ -98,7 +98,7 @@ def dpo(
 
 
 def dft(rows: Ragged) -> tuple[float, Ragged]:
-    """``SFTTrainer.compute_loss`` with ``loss_type="dft"`` on these responses; the loss, and its slopes by log-probs."""
+    """``SFTTrainer.compute_loss`` with ``loss_type="dft"`` on these responses, and its gradient by each log-prob."""
     width = max(map(len, rows))
     mask = mask_of(rows, width)
     logps = padded(rows, width).requires_grad_()
