@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
@@ -82,6 +83,22 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+CPU_BUDGET, GPU_BUDGET = 2048, 16384
+"""Positions of a microbatch that keep the device busy. More would only take more memory for activations."""
+
+
+def token_budget(asked: int | str, lengths: np.ndarray) -> int:
+    """What ``train.token_budget`` resolves to.
+
+    Args:
+        asked: a number, or auto.
+        lengths: positions of every row.
+    """
+    if asked != "auto":
+        return int(asked)
+    return max(GPU_BUDGET if torch.cuda.is_available() else CPU_BUDGET, int(lengths.max(initial=0)))
+
+
 def train_plan(recipe: Recipe, table: TokenTable, *, share: bool, pack: bool) -> Plan:
     """Which rows are computed together.
 
@@ -96,10 +113,11 @@ def train_plan(recipe: Recipe, table: TokenTable, *, share: bool, pack: bool) ->
     epochs = math.ceil(recipe.train.num_train_epochs)
     if recipe.train.max_steps > 0:
         epochs = math.ceil(recipe.train.max_steps / -(-len(table) // recipe.train.rows_per_step))
+    lengths = table.shared_lengths() if share else table.separate_lengths()
     return Plan(
-        lengths=table.shared_lengths() if share else table.separate_lengths(),
+        lengths=lengths,
         rows_per_step=recipe.train.rows_per_step,
-        token_budget=recipe.train.token_budget,
+        token_budget=token_budget(recipe.train.token_budget, lengths),
         epochs=epochs,
         world=world_size(),
         layout=Layout(kind="pack" if share and pack else "bucket"),

@@ -23,6 +23,7 @@ from align.errors import RunError
 from align.forward import causal_lm
 from align.recipe import Recipe
 from align.reference import ReferenceKey
+from align.segments import NAME
 from align.startup import Startup, adapter_off_scorer, frozen_scorer, load_frozen
 from align.trainer import ObjectiveTrainer, PairSums
 from align.value_head import is_reward_model, outputs_of, settle_padding
@@ -34,6 +35,8 @@ from data.plan import Plan
 from data.preparation import Prepared
 from data.store import TokenTable
 
+PACKING = ("flex_attention", NAME)
+"""Attention that takes rows end to end, so that no position is padding."""
 Evaluations = Callable[[PairSums, int], dict[str, float]]
 
 
@@ -88,7 +91,7 @@ def build(
     _tell_parameters(model, say)
     model.to(args.device)
     share, path_check = _choose_path(recipe, model, prepared.train.table, dtype, args.device)
-    packs = causal_lm(model).config.get_text_config()._attn_implementation == "flex_attention"
+    packs = causal_lm(model).config.get_text_config()._attn_implementation in PACKING
     plan = train_plan(recipe, prepared.train.table, share=share, pack=packs)
     args.gradient_accumulation_steps = plan.microbatches
     say(
@@ -154,21 +157,37 @@ def build(
 def _choose_path(
     recipe: Recipe, model: nn.Module, table: TokenTable, dtype: torch.dtype, device: torch.device
 ) -> tuple[bool, checks.Check]:
-    """Shared prompts, with dense masks where FlexAttention does not work out, or sequences one by one."""
+    """Shared prompts by the fastest attention that works out for this model, or else sequences one by one."""
     inner = causal_lm(model)
-    flex = inner.config.get_text_config()._attn_implementation == "flex_attention"
-    if not flex or recipe.model.attn_implementation != "auto":
-        return checks.choose_path(model, table, dtype, device)
-    try:
-        share, check = checks.choose_path(model, table, dtype, device)
-        reason = check.detail
+    reasons: list[str] = []
+    share, check = False, None
+    ways = _ways(recipe, inner.config)
+    for way in ways:
+        if way != inner.config.get_text_config()._attn_implementation:
+            inner.set_attn_implementation(way)
+        try:
+            share, check = checks.choose_path(model, table, dtype, device)
+        except RunError as error:  # where a kernel can't be compiled, the model's own forward fails too
+            if way == ways[-1]:
+                raise
+            reasons.append(f"{way}: {error}")
+            continue
         if share:
-            return share, check
-    except RunError as error:  # where it can't be compiled, the model's own forward fails too
-        reason = str(error)
-    inner.set_attn_implementation(models.dense_attention(inner.config))
-    share, check = checks.choose_path(model, table, dtype, device)
-    return share, dataclasses.replace(check, detail=f"{check.detail}, with dense masks (flex_attention: {reason})")
+            more = f", with {way} ({'; '.join(reasons)})" if reasons else ""
+            return True, dataclasses.replace(check, detail=check.detail + more)
+        reasons.append(f"{way}: {check.detail}")
+    assert check is not None
+    return share, check
+
+
+def _ways(recipe: Recipe, config: Any) -> list[str]:
+    """Implementations of attention, the fastest first; the last one takes any mask."""
+    loaded = config.get_text_config()._attn_implementation
+    dense = models.dense_attention(config)
+    if recipe.model.attn_implementation != "auto" or loaded == "eager":
+        return [loaded]
+    flex = ["flex_attention"] if loaded == "flex_attention" else []
+    return [*flex, NAME, dense] if dense == "sdpa" else [*flex, dense]
 
 
 def _tell_parameters(model: nn.Module, say: Say) -> None:

@@ -13,7 +13,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from align import segments
+from align.segments import segments_of
 from data.pack import PADDING, PROMPT, PackedBatch
+
+segments.register()
 
 
 def attention_mask(batch: PackedBatch, window: int | None = None) -> Bool[Tensor, "line 1 position position"]:
@@ -65,7 +69,17 @@ def additive_mask(batch: PackedBatch, window: int | None = None) -> Float[Tensor
     return torch.zeros_like(mask, dtype=torch.get_default_dtype()).masked_fill(~mask, lowest)
 
 
-MAKERS = {"sdpa": attention_mask, "eager": additive_mask, "flex_attention": block_mask}
+def segments_or_mask(batch: PackedBatch, window: int | None = None) -> Tensor:
+    """Segments of a single line, which need no mask; the rule itself for rows padded to one another."""
+    return segments_of(batch, window) if len(batch.row_ids) == 1 else attention_mask(batch, window)
+
+
+MAKERS = {
+    "sdpa": attention_mask,
+    "eager": additive_mask,
+    "flex_attention": block_mask,
+    segments.NAME: segments_or_mask,
+}
 """Mask by attention implementation. Others cannot express the rule, and the model takes the plain path."""
 
 

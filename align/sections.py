@@ -21,7 +21,7 @@ class ModelSection:
     """Branch, tag or commit on the Hub."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of computation. auto: bfloat16 on GPUs that have it, float32 elsewhere. Trained weights stay float32."""
-    attn_implementation: Literal["auto", "sdpa", "eager", "flex_attention"] = "auto"
+    attn_implementation: Literal["auto", "sdpa", "eager", "flex_attention", "align_segments"] = "auto"
     """auto: flex_attention on GPUs, sdpa on CPUs, eager where the model soft-caps attention scores."""
     tokenizer_name_or_path: str | None = None
     """Where the tokenizer is, if not with the model."""
@@ -170,8 +170,9 @@ class TrainSection:
     """Peak learning rate, > 0."""
     rows_per_step: int = 64
     """Rows (pairs, triples) of one optimizer step, over all devices: the global batch."""
-    token_budget: int = 16384
-    """Most positions of one microbatch on one device. How many microbatches a step takes follows from it."""
+    token_budget: int | Literal["auto"] = "auto"
+    """Most positions of one microbatch on one device; auto chooses by device and by the longest row. How many
+    microbatches a step takes follows from it, and nothing else."""
     num_train_epochs: float = 1.0
     """Passes over the data."""
     max_steps: int = -1
@@ -234,7 +235,7 @@ class TrainSection:
         )
         at_least_one = ("rows_per_step", "token_budget", "logging_steps")
         for key in at_least_one:
-            require(key, getattr(self, key), getattr(self, key) >= 1, ">= 1")
+            require(key, getattr(self, key), getattr(self, key) == "auto" or getattr(self, key) >= 1, ">= 1")
         for key in ("adam_beta1", "adam_beta2"):
             require(key, getattr(self, key), 0 <= getattr(self, key) < 1, "in [0, 1)")
         require("seed", self.seed, 0 <= self.seed < 2**32, "in [0, 2³²)")

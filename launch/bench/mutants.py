@@ -3,7 +3,7 @@
     make mutants              or: .venv/bin/python -m launch.bench.mutants [--only dpo,links] [--share 0.2]
 
 A mutant is one change in one place of a formula: a sign flipped, + for −, a mask or weight left out, a mean for a sum,
-a value detached or no longer detached, a bound or a constant changed. Each runs in a copy of the package, against the
+a value detached or no longer detached, a bound or a constant changed. Each runs in a process of its own, against the
 tests of the objectives alone (vectors, transcriptions, cases by hand, the ten laws), which stop at the first failure.
 ``docs/mutants.md`` lists what survived; a mutant that computes the same numbers (a clamp nothing reaches) is a survivor
 too, and stands there with its line.
@@ -14,18 +14,29 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import multiprocessing
 import os
 import random
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.util import spec_from_file_location
 from pathlib import Path
+from types import CodeType
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+START = multiprocessing.get_context("forkserver")
+START.set_forkserver_preload(["torch", "numpy", "pytest", "hypothesis.strategies", "transformers", "jaxtyping"])
+"""A process for each mutant, without the seconds that imports take."""
+LONGEST = 900.0
+"""Seconds after which a mutant's tests are ended."""
 DOCUMENT = ROOT / "docs" / "mutants.md"
 MODULES = (
     *("absolute", "bco", "beta_dpo", "coverage", "dpo", "kto", "links", "modifiers", "number_tokens", "pairs"),
@@ -180,30 +191,63 @@ def _replace(tree: ast.AST, old: ast.AST, new: ast.AST) -> bool:
     return False
 
 
+class _Changed(SourceFileLoader):
+    """A module whose code is another than its file's."""
+
+    def __init__(self, name: str, path: str, source: str) -> None:
+        super().__init__(name, path)
+        self.source = source
+
+    def get_code(self, fullname: str) -> CodeType:
+        return compile(self.source, self.path, "exec", dont_inherit=True)
+
+
+class _Finder(MetaPathFinder):
+    """Finds the one module of a mutant."""
+
+    def __init__(self, mutant: Mutant) -> None:
+        self.mutant = mutant
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if fullname != f"objectives.{self.mutant.module}":
+            return None
+        file = str(ROOT / "objectives" / f"{self.mutant.module}.py")
+        return spec_from_file_location(fullname, file, loader=_Changed(fullname, file, self.mutant.source))
+
+
+def _exit_code(mutant: Mutant | None, module: str) -> int:
+    """pytest's, of the tests of a module, in a process where the package has not been imported yet."""
+    if mutant is not None:
+        sys.meta_path.insert(0, _Finder(mutant))
+    os.chdir(ROOT)
+    options = ["-x", "-q", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:randomly", "-k", _names(module)]
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        return int(pytest.main([*options, *_files(module)]))
+
+
 def caught(mutant: Mutant) -> bool:
-    """Whether the tests fail on it."""
-    with tempfile.TemporaryDirectory() as temporary:
-        copied = Path(temporary)
-        for package in ("objectives", "tests", "data", "align", "launch", "evals"):
-            if package in ("objectives", "tests"):
-                shutil.copytree(ROOT / package, copied / package, ignore=shutil.ignore_patterns("__pycache__"))
-            else:
-                (copied / package).symlink_to(ROOT / package)
-        shutil.copy(ROOT / "pyproject.toml", copied)
-        (copied / "objectives" / f"{mutant.module}.py").write_text(mutant.source, encoding="utf-8")
-        names = _names(mutant.module)
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *_files(mutant.module), "-k", names],
-            cwd=copied,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
-            capture_output=True,
-            text=True,
-            timeout=900,
-            check=False,
-        )
-    if done.returncode == 5:
-        raise SystemExit(f"no test matches {names!r}")
-    return done.returncode != 0
+    """Whether the tests fail on it; those that do not end count as caught."""
+    child = START.Process(target=_end_with, args=(mutant, mutant.module))
+    child.start()
+    child.join(LONGEST)
+    if child.is_alive():
+        child.kill()
+        child.join()
+    if child.exitcode == pytest.ExitCode.NO_TESTS_COLLECTED:
+        raise SystemExit(f"no test matches {_names(mutant.module)!r}")
+    return child.exitcode != 0
+
+
+def _end_with(mutant: Mutant | None, module: str) -> None:
+    os._exit(_exit_code(mutant, module))
+
+
+def unchanged_passes(module: str) -> bool:
+    """Whether the tests pass on the module as it is: else every mutant would be caught."""
+    child = START.Process(target=_end_with, args=(None, module))
+    child.start()
+    child.join()
+    return child.exitcode == 0
 
 
 def _names(module: str) -> str:
@@ -233,6 +277,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     modules = [name for name in options.only.split(",") if name] or list(MODULES)
     every = [mutant for module in modules for mutant in mutants(module)]
     drawn = [mutant for mutant in every if random.Random(f"{mutant.module}/{mutant.what}").random() < options.share]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for module in modules:
+        if any(mutant.module == module for mutant in drawn) and not unchanged_passes(module):
+            raise SystemExit(f"the tests of objectives/{module}.py fail as it is")
     survivors: list[Mutant] = []
     with ThreadPoolExecutor(options.jobs) as pool:
         for number, (mutant, found) in enumerate(zip(drawn, pool.map(caught, drawn), strict=True), start=1):

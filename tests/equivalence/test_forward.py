@@ -10,6 +10,8 @@ from peft import LoraConfig, get_peft_model
 from align import logps
 from align.checks import choose_path
 from align.forward import bind, causal_lm, dense, router_weight
+from align.model import dense_attention
+from align.segments import NAME, segments_of
 from data.pack import pack
 from tests.align.tiny import CONFIGS, float64_throughout, mamba, model_of, random_table
 
@@ -58,7 +60,7 @@ def gradients(model, total):
 
 
 @every_architecture
-@pytest.mark.parametrize("layout", ["bucket", "pack", "separate"])
+@pytest.mark.parametrize("layout", ["bucket", "pack", "segments", "separate"])
 def test_values_and_gradients_equal_the_models_own_forward(name, layout, monkeypatch):
     """Three legs, three rows, prompts computed once; the head in chunks of seven tokens. Router loss included."""
     monkeypatch.setattr(logps, "LOGITS_PER_CHUNK", 7 * 96)
@@ -68,7 +70,11 @@ def test_values_and_gradients_equal_the_models_own_forward(name, layout, monkeyp
         model = model_of(CONFIGS[name]())
         wanted, wanted_values = plainly(model, table, rows)
         wanted_gradients = gradients(model, wanted)
-        kind = "bucket" if layout == "separate" else layout
+        kind = {"separate": "bucket", "segments": "pack"}.get(layout, layout)
+        if layout == "segments":
+            if dense_attention(model.config) != "sdpa":
+                pytest.skip("scores are capped, which fused attention does not know")
+            model.set_attn_implementation(NAME)
         total, values = packed(model, table, rows, share=layout != "separate", kind=kind)
         found_gradients = gradients(model, total)
     for key, value in wanted_values.items():
@@ -90,6 +96,44 @@ def test_a_window_or_softcap_matters_here(name):
         model.config.sliding_window = 100
         after, _ = packed(model, table, rows, share=True)
     assert abs(float((before - after).detach())) > 1e-3
+
+
+def test_segments_by_hand():
+    """Two rows of three legs in a line: each prompt sees itself, each response its prompt; then padding, which none."""
+    table = random_table(LEGS)
+    batch = pack(table, [1, 0], share=True, kind="pack", counts={})
+    found = segments_of(batch, window=7)[0, 0].tolist()
+    at, wanted = 0, []
+    for row in (1, 0):
+        prompt = (at, at + len(table.prompts[row]))
+        wanted.append([*prompt, at, at, 7])
+        at = prompt[1]
+        for leg in LEGS:
+            wanted.append([at, at + len(table.legs[leg][row]), *prompt, 7])
+            at = wanted[-1][1]
+    assert found == wanted
+    assert at == batch.input_ids.shape[1]
+
+
+def test_segments_know_no_capped_scores():
+    model = model_of(CONFIGS["gemma2-window-softcaps"](), torch.float32)
+    model.set_attn_implementation(NAME)
+    with pytest.raises(ValueError, match="segments know no softcap"):
+        packed(model, random_table(LEGS), [0, 1], share=True, kind="pack")
+
+
+def test_where_segments_are_not_asked_for_it_is_the_models_own_attention():
+    """Plain forwards with padding on the left, and generation."""
+    model = model_of(CONFIGS["qwen3"](), torch.float32)
+    ids, mask = torch.tensor([[1, 5, 9], [0, 0, 4]]), torch.tensor([[1, 1, 1], [0, 0, 1]])
+    with torch.no_grad():
+        wanted = model(input_ids=ids, attention_mask=mask).logits
+        written = model.generate(ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        model.set_attn_implementation(NAME)
+        found = model(input_ids=ids, attention_mask=mask).logits
+        again = model.generate(ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], rtol=0, atol=0)
+    assert torch.equal(written, again)
 
 
 @pytest.mark.parametrize(

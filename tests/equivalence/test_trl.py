@@ -63,7 +63,7 @@ def test_twenty_steps_equal_trl(shared: Path, tmp_path: Path, adapter: bool):
     pairs = hh_pairs(shared, tokenizer, STEPS * ROWS_PER_STEP, longest=300)
     learning_rate = 1e-3 if adapter else 1e-4
     keys = ["--rows_per_step", str(ROWS_PER_STEP), "--learning_rate", str(learning_rate), "--warmup_steps", "2"]
-    keys += ["--token_budget", "3000"]
+    keys += ["--token_budget", "1500"]
     if adapter:
         keys += ["--lora.r", str(LORA["r"]), "--lora_alpha", str(LORA["lora_alpha"])]
         keys += [f"--target_modules=[{','.join(LORA['target_modules'])}]"]
