@@ -5,15 +5,14 @@
     adapter_off  the policy itself with its adapter switched off, in every step
     live         a second, frozen model, in every step
 
-The cache is content-addressed: its key holds what the log-probs depend on (weights, adapter, tokens, precision,
-path) and nothing else, so a sweep over learning rates or objectives reads it and a changed model never does.
+The cache is content-addressed: a log-prob's key holds what it depends on (weights, adapter, precision, path, and the
+tokens of prompt and response, which tokenizer, template and truncation decide) and nothing else. A sweep over learning
+rates, objectives or subsets of the data reads it, and a changed model never does.
 """
 
 from __future__ import annotations
 
 import contextlib
-import tempfile
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +22,13 @@ import torch
 from torch import Tensor
 
 from align.errors import RunError
+from align.logps_store import LogpsStore, StoredLogps, spans
 from data.loader import PlannedBatches
 from data.pack import PackedBatch
 from data.plan import Plan
-from data.store import Ragged, TokenTable, cache_dir, digest
+from data.store import TokenTable, cache_dir, digest
 
-FORMAT = 1
+FORMAT = 2
 Scorer = Callable[[PackedBatch], Tensor]
 """Maps a batch to the log-probs of its response tokens, without gradient."""
 
@@ -44,69 +44,21 @@ class ReferenceKey:
     path: str
     """``shared`` or ``separate``, and the attention implementation."""
 
-    def folder(self, table: TokenTable, leg: str) -> Path:
-        """Where one leg's log-probs of one dataset are stored."""
-        key = digest(FORMAT, self.weights, self.precision, self.path)
-        return cache_dir() / "reference" / key / f"{leg}-{table.leg_fingerprint(leg)}"
-
-
-class StoredLogps:
-    """One leg's log-probs on disk, in parts that appear whole or not at all, so that an interrupted pass goes on."""
-
-    def __init__(self, folder: Path, responses: Ragged) -> None:
-        self.folder = folder
-        self.offsets = np.asarray(responses.offsets)
-        self.values = np.zeros(int(self.offsets[-1]), dtype=np.float32)
-        self.done = np.zeros(len(responses), dtype=bool)
-        for part in sorted(folder.glob("part-*.npz")):
-            self._read(part)
-
-    def _read(self, part: Path) -> None:
-        try:
-            with part.open("rb") as file, np.load(file) as stored:
-                rows, values = stored["rows"], stored["values"]
-            if len(values) != np.diff(self.offsets)[rows].sum() or not np.isfinite(values).all():
-                raise ValueError("does not fit the rows")
-        except PermissionError as error:
-            raise RunError(f"can't read {part}: {error.strerror}; set ALIGN_CACHE to a folder of your own") from None
-        except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile):
-            part.unlink(missing_ok=True)  # a damaged part is computed again
-            return
-        self.put(rows, values)
-
-    def put(self, rows: np.ndarray, values: np.ndarray) -> None:
-        """Takes the log-probs of some rows, one after the other."""
-        at = 0
-        for row in rows.tolist():
-            start, end = int(self.offsets[row]), int(self.offsets[row + 1])
-            self.values[start:end] = values[at : at + end - start]
-            at += end - start
-            self.done[row] = True
-
-    def write(self, rows: np.ndarray, values: np.ndarray) -> None:
-        """Stores one part on disk."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".part-", suffix=".npz", delete=False) as file:
-            try:
-                np.savez(file, rows=rows, values=values)
-            except OSError:
-                Path(file.name).unlink()  # a full disk should not be filled further
-                raise
-        Path(file.name).chmod(0o644)  # temporary files are private, and a cache may be shared
-        name = f"part-{int(rows.min()) if len(rows) else 0:09d}-{digest(rows.tobytes())[:16]}.npz"
-        Path(file.name).rename(self.folder / name)
-
-    def ragged(self) -> Ragged:
-        """Log-probs by row."""
-        return Ragged(self.values, self.offsets)
+    @property
+    def folder(self) -> Path:
+        """Where this reference's log-probs are stored."""
+        return cache_dir() / "reference" / digest(FORMAT, self.weights, self.precision, self.path)
 
 
 def find_cached(key: ReferenceKey, table: TokenTable) -> dict[str, StoredLogps]:
     """What the cache holds of this table, leg by leg."""
-    return {leg: StoredLogps(key.folder(table, leg), responses) for leg, responses in table.legs.items()}
+    stored = {leg: StoredLogps.of(table, leg) for leg in table.legs}
+    LogpsStore(key.folder).fill(stored.values())
+    return stored
 
 
 def fill_cache(
+    key: ReferenceKey,
     stored: Mapping[str, StoredLogps],
     batches: PlannedBatches,
     scorer: Scorer,
@@ -117,6 +69,7 @@ def fill_cache(
     """Computes what the cache lacks; every rank does its share and ends with everything.
 
     Args:
+        key: of the cache.
         stored: as ``find_cached`` gave it; complete afterwards.
         batches: knows the table, how rows are laid out, and which rank this is.
         scorer: the reference.
@@ -126,7 +79,8 @@ def fill_cache(
     """
     plan = batches.plan
     missing = ~np.logical_and.reduce([leg.done for leg in stored.values()])
-    rows = np.flatnonzero(missing)
+    same = _first_of_the_same(stored)
+    rows = np.unique(same[missing])  # a row that is there twice is computed once
     rows = rows[np.argsort(plan.lengths[rows], kind="stable")]
     if not len(rows):
         return
@@ -144,9 +98,21 @@ def fill_cache(
             values = np.concatenate([value for _, value in parts])
             stored[leg].put(part_rows, values)
             if batches.rank == 0:
-                stored[leg].write(part_rows, values)
+                own = stored[leg]
+                LogpsStore(key.folder).write(own.keys[part_rows], own.lengths(part_rows), values)
         done = int(sum(len(part) for part in bins[: (start + bins_per_part) * plan.world]))
         progress(done, len(rows))
+    again = np.flatnonzero(missing & (same != np.arange(len(same))))
+    for leg in stored.values():
+        leg.put(again, leg.values[spans(leg.offsets[same[again]], leg.lengths(again))])
+
+
+def _first_of_the_same(stored: Mapping[str, StoredLogps]) -> np.ndarray:
+    """For each row the first one with the same prompt and responses."""
+    keys = np.ascontiguousarray(np.concatenate([leg.keys for leg in stored.values()], axis=1))
+    whole = keys.view(np.dtype((np.void, keys.itemsize * keys.shape[1])))[:, 0]
+    _, first, of_row = np.unique(whole, return_index=True, return_inverse=True)
+    return first[of_row]
 
 
 def _score_bin(batches: PlannedBatches, scorer: Scorer, rows: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -157,7 +123,12 @@ def _score_bin(batches: PlannedBatches, scorer: Scorer, rows: np.ndarray) -> tup
 
 
 def verify_cached(
-    stored: Mapping[str, StoredLogps], batches: PlannedBatches, scorer: Scorer, tolerance: float, rows: int = 4
+    folder: Path,
+    stored: Mapping[str, StoredLogps],
+    batches: PlannedBatches,
+    scorer: Scorer,
+    tolerance: float,
+    rows: int = 4,
 ) -> None:
     """Recomputes a few rows and compares.
 
@@ -172,7 +143,7 @@ def verify_cached(
             if not worst <= tolerance:
                 raise RunError(
                     f"cached reference log-probs of {leg!r} differ from the reference by {worst:.2g} nats in a token; "
-                    f"delete {stored[leg].folder} to have them computed again"
+                    f"delete {folder} to have them computed again"
                 )
 
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from align import checks
 from align.density import DensityRatio
 from align.errors import RunError
+from align.logps_store import StoredLogps
 from align.model import load_config, load_weights
 from align.recipe import Recipe
 from align.reference import (
     ReferenceKey,
     Scorer,
-    StoredLogps,
     adapter_off,
     fill_cache,
     find_cached,
@@ -106,7 +106,7 @@ class Startup:
             scorer = self._scorer(trainer)
             for legs, split in zip(stored, splits, strict=True):
                 if found and not lacking:
-                    verify_cached(legs, split, scorer, checks.TOLERANCES[self.dtype].token)
+                    verify_cached(self.key.folder, legs, split, scorer, checks.TOLERANCES[self.dtype].token)
                 self._fill(legs, split, scorer, trainer)
         for legs, name in zip(stored, self.row_names, strict=True):
             _refuse_not_finite(legs, name)
@@ -127,9 +127,10 @@ class Startup:
                 told[0] = now
                 self.say(f"reference: {done} of {total} rows, {done / (now - started):.1f} rows/s")
 
+        assert self.key is not None
         scoring = PlannedBatches(split.table, plan_for_scoring(split.plan), rank=split.rank, share=split.share)
         with explained(cache_dir(), "start again; what was computed is kept"):
-            fill_cache(legs, scoring, scorer, trainer.gather, progress)
+            fill_cache(self.key, legs, scoring, scorer, trainer.gather, progress)
 
     def _is_base(self) -> bool:
         """Whether the reference is the policy without its adapter."""

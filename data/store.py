@@ -115,11 +115,6 @@ class TokenTable:
         """Content hash of all token ids, boundaries, scores and labels."""
         return digest(*(part for name, ragged in self._arrays() for part in (name, ragged.tobytes())))
 
-    def leg_fingerprint(self, leg: str) -> str:
-        """Content hash of the prompts and one leg: what that leg's log-probs depend on."""
-        arrays = (self.prompts.values, self.prompts.offsets, self.legs[leg].values, self.legs[leg].offsets)
-        return digest(*(array.tobytes() for array in arrays))
-
     def _arrays(self) -> list[tuple[str, np.ndarray]]:
         arrays = [("prompt.values", self.prompts.values), ("prompt.offsets", self.prompts.offsets)]
         for name, leg in sorted(self.legs.items()):

@@ -1,11 +1,14 @@
-"""Steps per second against TRL: same model, same rows, same global batch, same optimizer, taking turns in one run.
+"""Speed and memory against TRL: same model, same rows, same global batch, same optimizer, taking turns in one run.
 
-    make bench        or: .venv/bin/python -m launch.bench.vs_trl [--shape 16m] [--rounds 3] [--dataset pairs.jsonl]
+    make bench        or: .venv/bin/python -m launch.bench.vs_trl [--case hh] [--shape 16m] [--lora] [--whole] ...
 
-Three sides, each in a process of its own, in the order A B C A B C: ours at its defaults, TRL's DPOTrainer at its
-defaults (the reference model in every step, activations checkpointed), and TRL with a precomputed reference and without
-checkpointing. Timed are optimizer steps after the first two; start-up and reference passes are not in them. Losses of
-all sides must agree, or nothing is printed. Quote medians: machines are noisy.
+Three sides, each in a process of its own, in the order A B C A B C: ours at its defaults; TRL at its defaults (the
+reference model in every step, activations checkpointed, all rows of a step at once); and TRL at its best: reference
+precomputed, no checkpointing, the number of rows per microbatch that is fastest here, which is tried out first.
+
+Without ``--whole`` optimizer steps after the first two are timed. With it, whole runs over one epoch from the start of
+the process to its end: imports, preparation, reference pass, steps and saving. Losses of all sides must agree, or
+nothing is printed. Quote medians: machines are noisy. ``make bench`` runs what ``docs/performance.md`` shows.
 """
 
 from __future__ import annotations
@@ -14,222 +17,178 @@ import argparse
 import itertools
 import json
 import os
-import random
-import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from align.train import quiet_libraries
+from launch.bench.workloads import CASES, SHAPES, make_model, rows_of, write_rows
 
-SHAPES = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 4, "heads": 4, "vocab_size": 512},
-    "16m": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "heads": 6, "vocab_size": 8192},
-    "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "heads": 9, "vocab_size": 49152},
-}
 SIDES = ("ours", "trl", "trl-best")
 WARM_UP = 2
+MICRO_BATCHES = (1, 2, 4, 8)
+TOLERANCE = 1e-3
+"""How far losses may be apart: float32 sums in another order, after some steps of both."""
 
 
-def make_model(folder: Path, shape: str) -> None:
-    """A Llama with random weights and a byte-level tokenizer whose vocabulary is padded to the shape's."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What is compared."""
 
-    size = dict(SHAPES[shape])
-    heads = size.pop("heads")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        **size, num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=1024,
-        bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    case: str = "hh"
+    shape: str = "16m"
+    lora: bool = False
+    whole: bool = False
+    rounds: int = 2
+    steps: int = 6
+    batch: int = 8
+
+    def __str__(self) -> str:
+        kind = "whole runs" if self.whole else "steps"
+        return f"{self.case}, {self.shape}, {'LoRA' if self.lora else 'full'}, {kind}"
 
 
-def make_rows(path: Path, number: int) -> None:
-    """Pairs with long prompts (200 to 500 bytes) and short responses (20 to 160), as dialogues have them."""
-    rng = random.Random(0)
-    words = [
-        "what",
-        "do",
-        "you",
-        "think",
-        "of",
-        "the",
-        "weather",
-        "in",
-        "winter",
-        "and",
-        "would",
-        "it",
-        "rain",
-        "there",
-    ]
-
-    def text(low: int, high: int) -> str:
-        length, parts = rng.randint(low, high), []
-        while sum(map(len, parts)) < length:
-            parts.append(rng.choice(words) + " ")
-        return "".join(parts)[:length]
-
-    rows = [
-        {"prompt": f"{i}: {text(200, 500)}?", "chosen": f" {text(20, 160)}.", "rejected": f" {text(20, 160)}!"}
-        for i in range(number)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+TABLE = (
+    Setup(case="hh", shape="135m", rounds=3),
+    Setup(case="long", shape="135m", steps=4),
+    Setup(case="turns", shape="135m", steps=4),
+    Setup(case="hh", shape="135m", lora=True),
+    Setup(case="tpo", shape="135m", steps=4),
+    Setup(case="unpaired", shape="135m"),
+    Setup(case="hh", shape="stories260k", steps=12),
+    Setup(case="hh", whole=True, steps=26, rounds=3),
+    Setup(case="long", whole=True, steps=26),
+    Setup(case="tpo", whole=True, steps=26),
+)
+"""What ``make bench`` measures."""
 
 
-def run_ours(model: Path, rows: Path, steps: int, batch: int, output: Path) -> dict[str, Any]:
-    """Our trainer at its defaults."""
-    from transformers import TrainerCallback
-
-    from align.assemble import data_spec
-    from align.build import build
-    from align.model import load_config, load_tokenizer, max_length
-    from align.recipe import read_recipe
-    from data.preparation import prepare
-
-    keys = {
-        "model_name_or_path": model, "dataset_name": rows, "output_dir": output, "objective": "dpo", "eval_share": 0,
-        "max_steps": steps, "rows_per_step": batch, "logging_steps": 1, "save_strategy": "no", "learning_rate": 1e-5,
-        "max_length": 1024,
-    }  # fmt: skip
-    recipe = read_recipe(None, [f"--{key}={value}" for key, value in keys.items()])
-    output.mkdir(parents=True)
-    config, tokenizer = load_config(recipe.model), load_tokenizer(recipe.model)
-    prepared = prepare(data_spec(recipe, max_length(recipe.data.max_length, config)), tokenizer)
-    run = build(recipe, config, tokenizer, prepared, None, lambda line: None)
-    clock = _clock(TrainerCallback)
-    run.trainer.add_callback(clock)
-    order = [int(row) for step in run.trainer.batches.plan.epoch(0) for bins in step for part in bins for row in part]
-    (output / "order.json").write_text(json.dumps(order))
-    run.trainer.train()
-    return {"times": clock.times, "losses": [h["loss"] for h in run.trainer.state.log_history if "loss" in h]}
-
-
-def run_trl(model: Path, rows: Path, steps: int, batch: int, output: Path, *, best: bool) -> dict[str, Any]:
-    """TRL's trainer on the same rows, in the order ours took them."""
-    import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
-
-    class InOrder(DPOTrainer):
-        def _get_train_sampler(self, *arguments: Any) -> Any:
-            return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
-
-    pairs = [json.loads(line) for line in rows.read_text().splitlines()]
-    order = json.loads((output.parent / "ours" / "order.json").read_text())[: steps * batch]
-    args = DPOConfig(
-        output_dir=str(output), per_device_train_batch_size=batch, learning_rate=1e-5, max_steps=steps, logging_steps=1,
-        save_strategy="no", report_to="none", bf16=False, max_length=1024, disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(), precompute_ref_log_probs=best, precompute_ref_batch_size=batch,
-        **({"activation_checkpointing": False} if best else {}),
-    )  # fmt: skip
-    clock = _clock(TrainerCallback)
-    trainer = InOrder(
-        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), args=args, callbacks=[clock],
-        train_dataset=Dataset.from_list([pairs[row] for row in order]),
-        processing_class=AutoTokenizer.from_pretrained(model),
-    )  # fmt: skip
-    trainer.train()
-    return {"times": clock.times, "losses": [h["loss"] for h in trainer.state.log_history if "loss" in h]}
-
-
-def _clock(base: type) -> Any:
-    class Clock(base):  # type: ignore[misc]
-        """Notes when each optimizer step ends."""
-
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
-        def on_step_end(self, *arguments: Any, **kwargs: Any) -> None:
-            self.times.append(time.perf_counter())
-
-    return Clock()
-
-
-def side(options: argparse.Namespace) -> None:
-    """One side of one round, in this process; prints a JSON line."""
-    warnings.simplefilter("ignore")
-    output = options.folder / options.side
-    arguments = (options.folder / "model", options.folder / "pairs.jsonl", options.steps, options.batch, output)
-    result = run_ours(*arguments) if options.side == "ours" else run_trl(*arguments, best=options.side == "trl-best")
-    times = result.pop("times")[WARM_UP - 1 :]
-    result["seconds"] = [after - before for before, after in itertools.pairwise(times)]
-    result["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print("RESULT " + json.dumps(result), flush=True)
-
-
-def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
+def measure(folder: Path, name: str, setup: Setup, micro: int = 0) -> dict[str, Any]:
     """One side in a fresh process with a fresh cache."""
-    subprocess.run(["rm", "-rf", str(options.folder / name), str(options.folder / "cache")], check=True)
-    words = ["--side", name, "--folder", options.folder, "--steps", options.steps, "--batch", options.batch]
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.bench.vs_trl", *map(str, words)],
-        env={**os.environ, "ALIGN_CACHE": str(options.folder / "cache"), "TOKENIZERS_PARALLELISM": "false"},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        raise SystemExit(f"{name} failed:\n{done.stdout[-1500:]}{done.stderr[-3000:]}")
-    return json.loads(lines[0].removeprefix("RESULT "))
+    for each in ("ours", "trl", "cache"):
+        shutil.rmtree(folder / each, ignore_errors=True)
+    words = ["--folder", folder, "--case", setup.case, "--steps", setup.steps, "--batch", setup.batch]
+    words += ["--micro", micro, *(["--lora"] if setup.lora else []), *(["--whole"] if setup.whole else [])]
+    started = time.time()
+    with open(folder / "out.txt", "w+") as out, open(folder / "err.txt", "w+") as err:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "launch.bench.sides", name, *map(str, words)],
+            env={**os.environ, "ALIGN_CACHE": str(folder / "cache"), "TOKENIZERS_PARALLELISM": "false"},
+            stdout=out, stderr=err,
+        )  # fmt: skip
+        _, status, used = os.wait4(child.pid, 0)
+        taken = time.time() - started
+        child.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        lines = [line for line in out.read().splitlines() if line.startswith("RESULT ")]
+        if not lines:
+            err.seek(0)
+            raise SystemExit(f"{name} failed:\n{err.read()[-3000:]}")
+    result = json.loads(lines[0].removeprefix("RESULT "))
+    ends = result["ends"]
+    result |= {"first_step": ends[0] - started, "whole": taken, "peak_mib": used.ru_maxrss / 1024}
+    result["seconds"] = [after - before for before, after in itertools.pairwise(ends[WARM_UP - 1 :])]
+    return result
+
+
+def fastest_micro(folder: Path, setup: Setup) -> int:
+    """TRL's rows per microbatch under which it is fastest, by one step each after a first one."""
+    found: dict[int, float] = {}
+    for micro in MICRO_BATCHES:
+        if micro <= setup.batch and (setup.case != "unpaired" or micro > 1):
+            short = replace(setup, steps=WARM_UP + 1, whole=False)
+            found[micro] = min(measure(folder, "trl-best", short, micro)["seconds"])
+    return min(found, key=lambda micro: found[micro])
+
+
+def compare(setup: Setup) -> dict[str, Any]:
+    """All rounds; what each side did in each, and TRL's fastest microbatch.
+
+    Raises:
+        SystemExit: the sides computed other losses, or one failed.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, rows = Path(temporary), rows_of(setup.case)
+        texts = (str(value) for row in rows for value in row.values())
+        make_model(folder / "model", setup.shape, texts)
+        write_rows(folder / "rows.jsonl", rows, folder / "model", setup.steps * setup.batch)
+        results: dict[str, list[dict[str, Any]]] = {name: [] for name in SIDES}
+        measure(folder, "ours", replace(setup, steps=WARM_UP + 1, whole=False))  # leaves the order of rows
+        micro = fastest_micro(folder, setup)
+        for _ in range(setup.rounds):
+            for name, runs in results.items():
+                runs.append(measure(folder, name, setup, micro if name == "trl-best" else 0))
+    losses = {name: runs[0]["losses"] for name, runs in results.items()}
+    for name in list(losses)[1:]:
+        worst = max(abs(a - b) for a, b in zip(losses["ours"], losses[name], strict=True))
+        if worst > TOLERANCE:
+            raise SystemExit(f"{setup}: {name} computes other losses (up to {worst:.2g} apart): {losses}")
+    useful = results["ours"][0]["filled"] / (setup.steps * setup.batch)
+    summary = {name: summarised(setup, runs, useful) for name, runs in results.items()}
+    return {"setup": asdict(setup), "micro": micro, "useful_tokens_per_row": useful, "sides": summary}
+
+
+def summarised(setup: Setup, runs: list[dict[str, Any]], useful: float) -> dict[str, Any]:
+    """Rates (rows/s), peak memory (MiB), padding share and seconds to the first step, over the rounds."""
+    if setup.whole:
+        rates = [setup.steps * setup.batch / run["whole"] for run in runs]
+    else:
+        rates = [setup.batch / seconds for run in runs for seconds in run["seconds"]]
+    return {
+        "rows_per_second": [statistics.median(rates), min(rates), max(rates)],
+        "useful_tokens_per_second": statistics.median(rates) * useful,
+        "padding": 1 - runs[0]["filled"] / runs[0]["positions"],
+        "peak_mib": statistics.median(run["peak_mib"] for run in runs),
+        "first_step": statistics.median(run["first_step"] for run in runs),
+    }
+
+
+def told(result: dict[str, Any]) -> str:
+    """The table of one comparison."""
+    setup = Setup(**result["setup"])
+    ours = result["sides"]["ours"]["rows_per_second"][0]
+    lines = [
+        f"{setup}: {setup.batch} rows a step, {setup.rounds} rounds; rows/s: median [least, most]; TRL at its best "
+        f"takes {result['micro']} rows at a time"
+    ]
+    for name, side in result["sides"].items():
+        median, low, high = side["rows_per_second"]
+        ratio = "" if name == "ours" else f"   ours {ours / median:.2f}x"
+        lines.append(
+            f"  {name:<9}{median:8.2f} [{low:.2f}, {high:.2f}]  {side['useful_tokens_per_second']:7.0f} useful "
+            f"tokens/s  padding {side['padding']:5.1%}  peak {side['peak_mib']:6,.0f} MiB  "
+            f"first step {side['first_step']:5.1f} s{ratio}"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Measures and prints a table."""
+    """Measures and prints tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="16m")
-    parser.add_argument("--rounds", type=int, default=2)
+    standard = Setup()
+    parser.add_argument("--case", choices=CASES, default=standard.case)
+    parser.add_argument("--shape", choices=[*SHAPES, "stories260k"], default=standard.shape)
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--whole", action="store_true", help="time whole runs, from the start of the process")
+    parser.add_argument("--rounds", type=int, default=standard.rounds)
     parser.add_argument(
-        "--steps", type=int, default=6, help=f"optimizer steps a side takes; the first {WARM_UP} warm up"
+        "--steps", type=int, default=standard.steps, help=f"optimizer steps; the first {WARM_UP} warm up"
     )
-    parser.add_argument("--batch", type=int, default=8, help="pairs per optimizer step")
-    parser.add_argument("--dataset", type=Path, help="prompt/chosen/rejected strings as jsonl; default: made pairs")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.side:
-        side(options)
-        return
-    quiet_libraries()
-    with tempfile.TemporaryDirectory() as folder:
-        options.folder = Path(folder)
-        make_model(options.folder / "model", options.shape)
-        if options.dataset:
-            (options.folder / "pairs.jsonl").write_text(options.dataset.read_text())
-        else:
-            make_rows(options.folder / "pairs.jsonl", options.steps * options.batch)
-        results: dict[str, list[dict[str, Any]]] = {name: [] for name in SIDES}
-        for _ in range(options.rounds):
-            for name in SIDES:
-                results[name].append(measure(options, name))
-    losses = {name: runs[0]["losses"] for name, runs in results.items()}
-    for name in SIDES[1:]:
-        worst = max(abs(a - b) for a, b in zip(losses["ours"], losses[name], strict=True))
-        if worst > 1e-3:
-            raise SystemExit(f"{name} computes other losses (up to {worst:.2g} apart): {losses}")
-    rates = {name: [options.batch / s for run in runs for s in run["seconds"]] for name, runs in results.items()}
-    ours = statistics.median(rates["ours"])
-    print(f"{options.shape}, {options.batch} pairs a step, {options.rounds} rounds, pairs/s: median [min, max]")
-    for name, values in rates.items():
-        peak = statistics.median(run["peak_mib"] for run in results[name])
-        rate = statistics.median(values)
-        ratio = "" if name == "ours" else f"   ours is {ours / rate:.2f}x"
-        print(f"  {name:<9}{rate:8.2f} [{min(values):.2f}, {max(values):.2f}]   peak {peak:,.0f} MiB{ratio}")
+    parser.add_argument("--batch", type=int, default=standard.batch, help="rows per optimizer step")
+    parser.add_argument("--table", type=Path, help="run everything docs/performance.md shows, and write it here")
+    options = vars(parser.parse_args())
+    table = options.pop("table")
+    results = []
+    for setup in TABLE if table else (Setup(**options),):
+        results.append(compare(setup))
+        print(told(results[-1]), flush=True)
+        if table:
+            table.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -65,12 +65,10 @@ def test_labels_come_back_from_disk(tmp_path):
         TokenTable.of([LABELLED[0], *ROWS], LEGS)
 
 
-def test_labels_are_part_of_a_tables_fingerprint_and_not_of_a_legs():
-    """What a leg's log-probs are does not depend on labels, so that their cache outlives them."""
+def test_labels_are_part_of_a_tables_fingerprint():
     flipped = [dataclasses.replace(row, label=not row.label) for row in LABELLED]
     tables = [TokenTable.of(rows, LEGS) for rows in (ROWS, LABELLED, flipped)]
     assert len({table.fingerprint() for table in tables}) == 3
-    assert len({table.leg_fingerprint("chosen") for table in tables}) == 1
 
 
 def test_arrays_are_mapped_not_read(tmp_path):
@@ -130,19 +128,6 @@ def test_a_fingerprint_sees_nothing_else(tmp_path):
     assert TokenTable.of(moved, LEGS).fingerprint() == table.fingerprint()
     assert TokenTable.of(ROWS, LEGS[::-1]).fingerprint() == table.fingerprint()
     assert table.take(np.arange(3)).fingerprint() == table.fingerprint()
-
-
-def test_a_legs_fingerprint_sees_the_prompts_and_that_leg():
-    def chosen_of(rows):
-        return TokenTable.of(rows, LEGS).leg_fingerprint("chosen")
-
-    same = chosen_of(ROWS)
-    assert chosen_of([token_row(rejected=(99, 98)), *ROWS[1:]]) == same
-    assert TokenTable.of(ROWS, ("chosen",)).leg_fingerprint("chosen") == same
-    for changed in (token_row(chosen=(3, 5)), token_row((1, 3)), token_row((1, 2, 3), (4,))):
-        assert chosen_of([changed, *ROWS[1:]]) != same
-    one, other = ([token_row(p), token_row(q)] for p, q in (((1, 2), (3,)), ((1,), (2, 3))))
-    assert chosen_of(one) != chosen_of(other), "the same prompt tokens, divided otherwise"
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from align import model as models
-from align.reference import ReferenceKey, StoredLogps, find_cached
+from align.logps_store import LogpsStore, StoredLogps, response_keys
+from align.reference import ReferenceKey, find_cached
 from align.train import main
-from data.store import Ragged
+from data.store import Ragged, TokenTable
 from tests.equivalence.runs import built, recipe_for
 from tests.equivalence.test_resume import command, lines
 from tests.equivalence.worlds import save_model
@@ -106,12 +108,13 @@ def test_a_sweep_reads_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 def key_of(folder: Path, *keys: str) -> tuple[str, ...]:
-    """Folders of the reference cache that a run with these keys would use."""
+    """Where a run with these keys looks: the folder of the reference, and the keys of its rows there, in any order."""
     recipe = recipe_for(folder, folder / "model", folder / "pairs.jsonl", *keys)
     run = built(recipe)
     assert run.startup.key is not None
     table = run.trainer.batches.table
-    return tuple(str(run.startup.key.folder(table, leg)) for leg in table.legs)
+    of_rows = [np.sort(response_keys(table.prompts, leg), axis=0).tobytes().hex() for leg in table.legs.values()]
+    return (str(run.startup.key.folder), *of_rows)
 
 
 def test_every_ingredient_of_the_key_changes_it(folder: Path):
@@ -151,7 +154,7 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(folder: Path, monkeypatch:
             if done < total:
                 raise KeyboardInterrupt
 
-        original(*arguments[:4], stop, 1)
+        original(*arguments[:5], stop, 1)
 
     monkeypatch.setattr(startup, "fill_cache", dies)
     assert main(command(folder, "run")) == 130
@@ -164,25 +167,80 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(folder: Path, monkeypatch:
     same_numbers(folder / "run", folder / "fresh-run")
 
 
+def a_table(*rows: tuple[list[int], list[int], list[int]]) -> TokenTable:
+    prompts, chosen, rejected = zip(*rows, strict=True)
+    return TokenTable(Ragged.of(prompts), {"chosen": Ragged.of(chosen), "rejected": Ragged.of(rejected)})
+
+
 def test_damaged_parts_are_computed_again(tmp_path: Path):
-    responses = Ragged.of([[1, 2, 3], [4], [5, 6]])
-    stored = StoredLogps(tmp_path, responses)
-    stored.write(np.array([0, 2]), np.array([-1, -2, -3, -4, -5], dtype=np.float32))
-    again = StoredLogps(tmp_path, responses)
+    table = a_table(([7], [1, 2, 3], [9]), ([7], [4], [9]), ([8], [5, 6], [9]))
+    stored, store = StoredLogps.of(table, "chosen"), LogpsStore(tmp_path)
+    store.write(stored.keys[[0, 2]], np.array([3, 2]), np.array([-1, -2, -3, -4, -5], dtype=np.float32))
+    again = StoredLogps.of(table, "chosen")
+    store.fill([again])
     assert again.done.tolist() == [True, False, True]
     assert again.ragged()[2].tolist() == [-4, -5]
-    part = next(tmp_path.glob("part-*.npz"))
-    part.write_bytes(part.read_bytes()[:40])
-    assert not StoredLogps(tmp_path, responses).done.any()
+    part = next(tmp_path.glob("part-*.safetensors"))
+    part.write_bytes(part.read_bytes()[:-3])
+    again = StoredLogps.of(table, "chosen")
+    store.fill([again])
+    assert not again.done.any()
     assert not part.exists()
+
+
+def test_the_key_of_a_response_sees_its_prompt_and_where_it_ends():
+    """And nothing else: neither the other responses, nor the row's place, nor the type that ids are stored in."""
+    table = a_table(([1, 2], [3], [4]), ([1], [2, 3], [4]), ([1, 2], [3], [5]), ([1, 2, 3], [4], [4]))
+    keys = [bytes(key) for key in response_keys(table.prompts, table.legs["chosen"])]
+    assert keys[0] == keys[2]
+    assert len(set(keys)) == 3
+    wide = Ragged(table.prompts.values.astype(np.int64), table.prompts.offsets)
+    assert np.array_equal(response_keys(wide, table.legs["chosen"]), response_keys(table.prompts, table.legs["chosen"]))
+
+
+def test_responses_are_found_whatever_table_they_come_in(tmp_path: Path):
+    """Rows in another order, on another leg, with other rows between; not with another prompt or boundary."""
+    store = LogpsStore(tmp_path)
+    first = a_table(([7, 8], [1, 2], [3]), ([7], [8, 1], [3, 4]))
+    for number, leg in enumerate(first.legs):
+        stored = StoredLogps.of(first, leg)
+        values = np.arange(len(stored.values), dtype=np.float32) - 10 * number
+        store.write(stored.keys, np.diff(stored.offsets), values)
+    second = a_table(([7], [3, 4], [1]), ([7, 8], [3], [1, 2]), ([7], [8, 1, 2], [8, 1]), ([9], [1, 2], [3]))
+    found = {leg: StoredLogps.of(second, leg) for leg in second.legs}
+    store.fill(found.values())
+    assert found["chosen"].done.tolist() == [True, True, False, False]
+    assert found["rejected"].done.tolist() == [False, True, True, False]
+    assert found["chosen"].ragged()[0].tolist() == [-9, -8]
+    assert found["chosen"].ragged()[1].tolist() == [-10]
+    assert found["rejected"].ragged()[1].tolist() == [0, 1]
+    assert found["rejected"].ragged()[2].tolist() == [2, 3]
+
+
+def test_a_row_that_is_there_twice_is_computed_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    computed = forwards(monkeypatch)
+    rows = (folder / "pairs.jsonl").read_text().splitlines()
+    (folder / "pairs.jsonl").write_text("\n".join([*rows, *rows[:20]]) + "\n")
+    assert main(command(folder, "run", eval_share=0)) == 0
+    assert sum(computed) == 48
+
+
+def test_a_subset_or_another_split_computes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also under another objective with the same responses: each is found by what it is."""
+    assert main(command(folder, "one")) == 0
+    computed = forwards(monkeypatch)
+    changes = (["--max_rows=30"], ["--eval_share=0.3", "--seed=7"], ["--objective=kto", "--beta=0.2"])
+    for number, words in enumerate(changes):
+        assert main(command(folder, f"other{number}", *words, **({"eval_share": None} if number == 1 else {}))) == 0
+    mismatched = 48  # which KTO draws, and nobody has scored
+    assert sum(computed) <= 8 * len(changes) + 2 * mismatched
 
 
 def test_a_cache_that_disagrees_with_its_reference_stops_the_run(folder: Path, capsys: pytest.CaptureFixture):
     assert main(command(folder, "one")) == 0
-    for part in (folder / "cache" / "reference").rglob("part-*.npz"):
-        with np.load(part) as stored:
-            rows, values = stored["rows"], stored["values"]
-        np.savez(part, rows=rows, values=values - 1)
+    for part in (folder / "cache" / "reference").rglob("part-*.safetensors"):
+        arrays = load_file(part)
+        save_file(arrays | {"values": arrays["values"] - 1}, part)
     assert main(command(folder, "two")) == 2
     assert "differ from the reference by 1 nats" in capsys.readouterr().err
 
