@@ -71,7 +71,7 @@ def additive_mask(batch: PackedBatch, window: int | None = None) -> Float[Tensor
 
 def segments_or_mask(batch: PackedBatch, window: int | None = None) -> Tensor:
     """Segments of a single line, which need no mask; the rule itself for rows padded to one another."""
-    return segments_of(batch, window) if len(batch.row_ids) == 1 else attention_mask(batch, window)
+    return segments_of(batch, window) if len(batch.input_ids) == 1 else attention_mask(batch, window)
 
 
 MAKERS = {

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from data.pack import PADDING, PROMPT, PackedBatch
+from data.pack import PackedBatch
 
 NAME = "align_segments"
 
@@ -36,17 +36,14 @@ def segments_of(batch: PackedBatch, window: int | None = None) -> Int[Tensor, "1
         For each segment in order: its start, its end, the start and end of the prompt it also sees (twice its start
         where there is none), and the window (0 for none).
     """
-    row, leg = batch.row_ids[0].tolist(), batch.leg_ids[0].tolist()
-    assert len(batch.row_ids) == 1, "segments are of one line"
-    edges = [i for i in range(1, len(row)) if (row[i], leg[i]) != (row[i - 1], leg[i - 1])]
-    found: list[list[int]] = []
-    prompt: tuple[int, int] | None = None
-    for start, end in zip([0, *edges], [*edges, len(row)], strict=True):
-        if leg[start] == PROMPT:
-            prompt = (start, end)
-        seen = (start, start) if leg[start] in (PROMPT, PADDING) or prompt is None else prompt
-        found.append([start, end, *seen, window or 0])
-    return torch.tensor(found, dtype=torch.int64)[None, None]
+    assert len(batch.input_ids) == 1, "segments are of one line"
+    found = [[each.start, each.end, *each.prompt, window or 0] for each in batch.segments]
+    end = batch.segments[-1].end
+    if batch.input_ids.shape[1] > end:  # padding, which attends to itself
+        found.append([end, batch.input_ids.shape[1], end, end, window or 0])
+    places = torch.tensor(found, dtype=torch.int64)[None, None]
+    places.segments = found  # type: ignore[attr-defined]  # so that no layer has to read them off a tensor
+    return places
 
 
 def segment_attention(
@@ -75,7 +72,8 @@ def segment_attention(
     if repeats > 1:
         key, value = (each.repeat_interleave(repeats, dim=1) for each in (key, value))
     outputs = []
-    for start, end, first, last, window in attention_mask[0, 0].tolist():
+    found = getattr(attention_mask, "segments", None) or attention_mask[0, 0].tolist()
+    for start, end, first, last, window in found:
         own = slice(start, end)
         keys, values = key[:, :, own], value[:, :, own]
         if last > first:

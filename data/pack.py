@@ -29,6 +29,17 @@ PADDING = -1
 PROMPT = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """One prompt, or one response, within its line."""
+
+    line: int
+    start: int
+    end: int
+    prompt: tuple[int, int]
+    """Start and end of the prompt that it also sees; of a prompt, its own start twice."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PackedLeg:
     """Where one leg's dense matrix finds its entries in the flat list of response tokens."""
@@ -61,6 +72,8 @@ class PackedBatch:
     legs: Mapping[str, PackedLeg]
     shared: bool
     """Whether a line holds a prompt once with all its responses."""
+    segments: tuple[Segment, ...]
+    """Prompts and responses of each line in order, where a line holds a prompt once with all its responses."""
     rows: Int[Tensor, " row"]
     """Row numbers in the table; none for a dummy batch, whose one line has zero weight."""
     counts: Counts
@@ -140,6 +153,7 @@ def pack(
     numbers = [int(row) for row in rows]
     laid_out = numbers or [int(np.argmin(table.shared_lengths()))]
     lines: list[_Line] = []
+    segments: list[Segment] = []
     spans: dict[str, list[tuple[int, int, int]]] = {
         leg: [] for leg in table.legs
     }  # (line, start, last prompt position)
@@ -149,9 +163,13 @@ def pack(
             if not lines or kind == "bucket":
                 lines.append(_Line())
             line, at = lines[-1], len(lines) - 1
-            last_prompt = line.add(prompt, row, PROMPT, 0) + len(prompt) - 1
+            first = line.add(prompt, row, PROMPT, 0)
+            span = (first, first + len(prompt))
+            segments.append(Segment(line=at, start=span[0], end=span[1], prompt=(first, first)))
             for number, (name, leg) in enumerate(table.legs.items(), start=1):
-                spans[name].append((at, line.add(leg[row], row, number, len(prompt)), last_prompt))
+                start = line.add(leg[row], row, number, len(prompt))
+                segments.append(Segment(line=at, start=start, end=line.length, prompt=span))
+                spans[name].append((at, start, span[1] - 1))
         else:
             for number, (name, leg) in enumerate(table.legs.items(), start=1):
                 lines.append(_Line())
@@ -169,6 +187,7 @@ def pack(
         target=target,
         legs=legs,
         shared=share,
+        segments=tuple(segments),
         rows=torch.tensor(numbers, dtype=torch.long),
         counts=counts,
         labels=None if table.labels is None else torch.from_numpy(np.asarray(table.labels)[numbers].astype(bool)),

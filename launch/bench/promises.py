@@ -22,11 +22,13 @@ import argparse
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,7 +96,7 @@ def words(name: str, data: str, folder: Path, steps: int = STEPS) -> list[str]:
     found = [
         *(f"--config={path}", f"--model_name_or_path={shared() / 'models' / 'stories260k'}", f"--dataset_name={rows}"),
         *(f"--eval_dataset_name={rows}", f"--max_rows={PROMPTS}", f"--output_dir={folder / name}"),
-        *(f"--max_steps={steps}", "--rows_per_step=16", "--learning_rate=5e-4", "--warmup_steps=3"),
+        *(f"--max_steps={steps}", "--rows_per_step=16", "--learning_rate=5e-4", "--train.warmup_steps=3"),
         *("--save_strategy=no", "--logging_steps=3", "--eval_strategy=steps"),
         *(f"--eval_steps={3 if name in ('dpo', *LIKELIER) else 15}", "--max_dropped_share=0.95"),
         "--overwrite_output_dir",
@@ -269,10 +271,13 @@ def report(names: Sequence[str], folder: Path) -> str:
     """The document."""
     runs: dict[str, Trained] = {}
     rows: list[str] = []
-    for name in names:
-        runs[name] = train(name, "alpaca_eval_scored", folder, "--max_length=256")
-        rows.append(_row(name, *promise(runs[name])))
-        print(f"{rows[-1]}  ({runs[name].seconds:.0f} s)", flush=True)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes, one for each core
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        tasks = {name: pool.submit(train, name, "alpaca_eval_scored", folder, "--max_length=256") for name in names}
+        for name, task in tasks.items():
+            runs[name] = task.result()
+            rows.append(_row(name, *promise(runs[name])))
+            print(f"{rows[-1]}  ({runs[name].seconds:.0f} s)", flush=True)
     further = compared(runs, folder)
     print("\n".join(further), flush=True)
     about = (
