@@ -83,7 +83,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-CPU_BUDGET, GPU_BUDGET = 2048, 16384
+CPU_BUDGET, GPU_BUDGET = 1024, 16384
 """Positions of a microbatch that keep the device busy. More would only take more memory for activations."""
 
 

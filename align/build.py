@@ -23,7 +23,6 @@ from align.errors import RunError
 from align.forward import causal_lm
 from align.recipe import Recipe
 from align.reference import ReferenceKey
-from align.segments import NAME
 from align.startup import Startup, adapter_off_scorer, frozen_scorer, load_frozen
 from align.trainer import ObjectiveTrainer, PairSums
 from align.value_head import is_reward_model, outputs_of, settle_padding
@@ -35,8 +34,6 @@ from data.plan import Plan
 from data.preparation import Prepared
 from data.store import TokenTable
 
-PACKING = ("flex_attention", NAME)
-"""Attention that takes rows end to end, so that no position is padding."""
 Evaluations = Callable[[PairSums, int], dict[str, float]]
 
 
@@ -51,6 +48,7 @@ class Run:
     startup: Startup
     metrics: MetricsFile
     alarm: DisplacementAlarm
+    speed: Speed
     fingerprint: str
     """Content hash of the weights the run starts from."""
 
@@ -91,7 +89,7 @@ def build(
     _tell_parameters(model, say)
     model.to(args.device)
     share, path_check = _choose_path(recipe, model, prepared.train.table, dtype, args.device)
-    packs = causal_lm(model).config.get_text_config()._attn_implementation in PACKING
+    packs = causal_lm(model).config.get_text_config()._attn_implementation in models.PACKING
     plan = train_plan(recipe, prepared.train.table, share=share, pack=packs)
     args.gradient_accumulation_steps = plan.microbatches
     say(
@@ -150,6 +148,7 @@ def build(
         startup=startup,
         metrics=metrics,
         alarm=alarm,
+        speed=speed,
         fingerprint=fingerprint,
     )
 
@@ -186,8 +185,7 @@ def _ways(recipe: Recipe, config: Any) -> list[str]:
     dense = models.dense_attention(config)
     if recipe.model.attn_implementation != "auto" or loaded == "eager":
         return [loaded]
-    flex = ["flex_attention"] if loaded == "flex_attention" else []
-    return [*flex, NAME, dense] if dense == "sdpa" else [*flex, dense]
+    return list(dict.fromkeys([loaded, *([models.NAME] if dense == "sdpa" else []), dense]))
 
 
 def _tell_parameters(model: nn.Module, say: Say) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from align.errors import RunError
 from align.forward import bind, causal_lm
 from align.sections import LoraSection, ModelSection
+from align.segments import NAME
 from align.value_head import is_reward_model, with_head, without_load_report
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from data.store import TokenTable
 
 DEFAULT_MAX_LENGTH = 2048
+PACKING = ("flex_attention", NAME)
+"""Attention that takes rows end to end, so that no position is padding."""
 
 
 def load_config(section: ModelSection, reference: str | None = None) -> PretrainedConfig:
@@ -190,7 +193,10 @@ def attention(section: ModelSection, config: PretrainedConfig) -> str:
         raise RunError("model.attn_implementation flex_attention can't be trained on a CPU; use auto or sdpa")
     if section.attn_implementation != "auto":
         return section.attn_implementation
-    return "flex_attention" if torch.cuda.is_available() else dense_attention(config)
+    if torch.cuda.is_available():
+        return "flex_attention"
+    dense = dense_attention(config)
+    return NAME if dense == "sdpa" else dense
 
 
 def dense_attention(config: PretrainedConfig) -> str:

@@ -26,7 +26,7 @@ PARTIAL = ".partial"
 
 LEFT_BY_RUNS = (
     "checkpoint-*", PARTIAL, RECIPE, "metrics.jsonl", "results.json", "report.html", "README.md", ".eval_results",
-    "data_report.json", "checks.json", "example.txt", "resumes.json", "runs", "training_args.bin",
+    "data_report.json", "checks.json", "forecast.json", "example.txt", "resumes.json", "runs", "training_args.bin",
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.*", "vocab.*", "merges.txt",
 )  # fmt: skip

@@ -127,20 +127,20 @@ def _traced(config: Any, batch: PackedBatch, make: Any, dtype: torch.dtype, chec
         known = {each.untyped_storage()._cdata for each in (*model.parameters(), *model.buffers())}
         low = dtype in (torch.bfloat16, torch.float16)
         with _Watch(known) as watch, FlopCounterMode(display=False) as flops:
-            for number in range(2):  # in the second pass gradients are there already, as in most microbatches
+            seen = []
+            for _ in range(2):  # in the second pass gradients are there already, as in most microbatches
                 with torch.autocast("cpu", dtype) if low else contextlib.nullcontext():
                     found = model(packed=batch)
-                forward = flops.get_total_flops() if number == 0 else forward
+                seen.append(flops.get_total_flops())
                 values = found["values"] if "values" in found else found["logps"]
                 values.sum().backward()
                 del found, values
-                if number == 0:
-                    total, moved = flops.get_total_flops(), watch.moved
+                seen += [flops.get_total_flops(), watch.moved]
         sizes = [(each.numel(), each.nbytes, each.requires_grad) for each in model.parameters()]
     return Traced(
-        forward_flops=float(forward),
-        total_flops=float(total),
-        moved=float(moved),
+        forward_flops=float(seen[0]),
+        total_flops=float(seen[1]),
+        moved=float(seen[2]),
         peak=float(watch.peak),
         parameters=float(sum(number for number, _, _ in sizes)),
         trained=float(sum(number for number, _, grad in sizes if grad)),

@@ -2,12 +2,14 @@
 
     accelerate launch align/train.py --config launch/recipes/dpo.yaml --output_dir runs/mine
     python align/train.py --help        every key, its default and what it means
+    python align/train.py --config … --plan     memory, speed and time it will take on this machine; then stops
 
 Cheap things come first: a wrong key, file, row or checkpoint stops the run before the model is loaded.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -34,8 +36,9 @@ def main(arguments: Sequence[str] | None = None, measure: Measure | None = None)
         print(usage())
         return 0
     try:
-        recipe = read_recipe(*_config(words))
-        run(recipe, command=shlex.join(["align/train.py", *words]), measure=measure)
+        only_plan = "--plan" in words
+        recipe = read_recipe(*_config([word for word in words if word != "--plan"]))
+        run(recipe, command=shlex.join(["align/train.py", *words]), measure=measure, only_plan=only_plan)
     except (RecipeError, DataError, RunError) as error:
         first = os.environ.get("RANK", "0") == "0" or "LOCAL_RANK" not in os.environ
         # Usually all processes say the same, but not always.
@@ -88,7 +91,7 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def run(recipe: Recipe, command: str = "", measure: Measure | None = None) -> Path:
+def run(recipe: Recipe, command: str = "", measure: Measure | None = None, *, only_plan: bool = False) -> Path:
     """Trains as the recipe says.
 
     Args:
@@ -96,6 +99,7 @@ def run(recipe: Recipe, command: str = "", measure: Measure | None = None) -> Pa
         command: the command line, for the model card.
         measure: called on the first process before the first step and after the last one, for results that need
             samples of the policy.
+        only_plan: stop after the forecast.
     Returns:
         The run directory.
     Raises:
@@ -111,6 +115,7 @@ def run(recipe: Recipe, command: str = "", measure: Measure | None = None) -> Pa
     from align import assemble, density, saving
     from align import model as models
     from align.build import build
+    from align.forecast import forecast, most_memory
     from data.preparation import prepare
     from data.store import cache_dir
     from evals import run_directory
@@ -138,7 +143,15 @@ def run(recipe: Recipe, command: str = "", measure: Measure | None = None) -> Pa
         prepared = prepare(spec, tokenizer)
     assemble.tell_data(prepared.report, say)
     models.check_vocabulary(recipe.model, config, *prepared.tables())
-    assemble.train_plan(recipe, prepared.train.table, share=True, pack=True)
+    packs = models.attention(recipe.model, config) in models.PACKING
+    plan = assemble.train_plan(recipe, prepared.train.table, share=True, pack=packs)
+    ahead = None
+    if first:
+        ahead = forecast(recipe, config, plan, prepared.train.table, assemble.total_steps(recipe, plan.steps_per_epoch))
+        for line in ahead.lines():
+            say(line)
+    if only_plan:
+        return output_dir
     if checkpoint is not None:
         saving.refuse_other_rows(checkpoint, prepared.train.table.fingerprint())
     if first:
@@ -167,6 +180,11 @@ def run(recipe: Recipe, command: str = "", measure: Measure | None = None) -> Pa
             if measure is not None:
                 measured += measure(trainer.unwrapped, tokenizer, trainer.state.global_step)
             results = [*(held_out.results if held_out else []), *measured]
+            if ahead is not None and ready.speed.steps:
+                lines, found = ahead.verdict(ready.speed.steps, most_memory())
+                (output_dir / "forecast.json").write_text(json.dumps(found, indent=1))
+                for line in lines:
+                    say(line)
             run_directory.finish(ready, output_dir, results, command, say)
     trainer.accelerator.wait_for_everyone()
     return output_dir

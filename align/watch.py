@@ -62,6 +62,17 @@ class Speed(TrainerCallback):
     def __init__(self) -> None:
         self.trainer: ObjectiveTrainer | None = None
         self._at = (0.0, 0, 0)
+        self._begun = 0.0
+        self.steps: list[float] = []
+        """Seconds of each optimizer step, without evaluating, logging and saving."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Looks at the clock."""
+        self._begun = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Notes how long the step took."""
+        self.steps.append(time.perf_counter() - self._begun)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Starts the clock."""

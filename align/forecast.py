@@ -1,0 +1,277 @@
+"""What a run will need and take, told before it starts, and what it needed and took, told at its end.
+
+Memory and arithmetic come from tracing the run's own forward and backward pass (``align.tracing``), the machine's rates
+from measuring them for a moment. A step is expected to take as long as its matrix products at the rate of a large one,
+plus as long as all other operations need to move their bytes: on one device they take turns.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from align.forward import bind
+from align.model import add_adapter, compute_dtype, dense_attention
+from align.recipe import Recipe
+from align.segments import NAME
+from align.tracing import Traced, trace, without_random_numbers
+from align.value_head import with_head
+from data.loader import step_counts
+from data.pack import pack
+from data.plan import Plan
+from data.store import TokenTable
+
+KEPT_BY_ALLOCATOR = 1.25
+"""How much more memory passes take on CPUs than they ask for, as measured with models of 16 and 135 million weights:
+freed blocks that the C library keeps, and what libraries work in."""
+STILL_TO_LOAD = 0.1 * 2**30
+"""Bytes of libraries that training loads later."""
+SAMPLED_STEPS = 50
+"""Steps of the plan that are looked at for what a step holds on average."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """Of one device, measured."""
+
+    flops: float
+    """Floating-point operations per second of a large matrix product."""
+    bandwidth: float
+    """Bytes per second read or written by a large addition."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """Of one process. Bytes, seconds, useful tokens (prompts once plus responses)."""
+
+    memory: dict[str, float]
+    """Bytes at the worst moment, by what they are for."""
+    available: float
+    """Bytes there are, those of this process included."""
+    rates: Rates
+    microbatches: int
+    token_budget: int
+    checkpointing: bool
+    steps: int
+    useful_per_step: float
+    """Useful tokens of an average step, all processes."""
+    padding: float
+    """Share of positions that hold no token."""
+    arithmetic: float
+    """Seconds of a step's matrix products, those that are computed again included."""
+    moving: float
+    """Seconds of a step's other operations."""
+    useful_flops: float
+    """Operations of a step that the result needs: nothing computed twice, no padding. Of this process."""
+    reference: float
+    """Seconds of the reference pass over all rows."""
+    world: int
+
+    @property
+    def peak(self) -> float:
+        """Most bytes of this process."""
+        return sum(self.memory.values())
+
+    @property
+    def step(self) -> float:
+        """Seconds an average step is expected to take."""
+        return self.arithmetic + self.moving
+
+    def lines(self) -> list[str]:
+        """What to say before the start."""
+        parts = ", ".join(f"{name} {_gib(size)}" for name, size in self.memory.items() if size >= 2**20)
+        limit = self.useful_per_step / max(self.arithmetic, 1e-12)
+        budget = f"{self.token_budget} positions a microbatch, {self.microbatches} of them a step"
+        again = "activations computed again" if self.checkpointing else "activations kept"
+        lines = [
+            f"forecast: {_gib(self.peak)} GiB at most of {_gib(self.available)} ({parts}); {budget}, {again}",
+            f"forecast: {self.useful_per_step / self.step:.0f} useful tokens/s (arithmetic alone would allow "
+            f"{limit:.0f}), {self.step:.2f} s a step, {self.padding:.1%} padding; {self.steps} steps in "
+            f"{_duration(self.steps * self.step)}"
+            + (f", after {_duration(self.reference)} for the reference" if self.reference else ""),
+        ]
+        if self.peak > self.available:
+            lines.append(
+                "warning: that is more memory than there is; lower train.token_budget"
+                + ("" if self.checkpointing else ", set train.gradient_checkpointing")
+                + ", or train an adapter (lora)"
+            )
+        return lines
+
+    def verdict(self, seconds: list[float], peak: float) -> tuple[list[str], dict[str, Any]]:
+        """What to say at the end, and the same as numbers.
+
+        Args:
+            seconds: of each step, without evaluating and saving.
+            peak: most bytes that this process had.
+        """
+        step = statistics.median(seconds)
+        mfu = self.useful_flops / step / self.rates.flops
+        shares = {"arithmetic": self.arithmetic / step, "memory traffic": self.moving / step}
+        shares["the rest (Python, small operations, waiting)"] = max(1 - sum(shares.values()), 0.0)
+        limit = max(shares, key=lambda name: shares[name])
+        told = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        found = {
+            "forecast": asdict(self) | {"peak": self.peak, "step": self.step},
+            "step": step,
+            "peak": peak,
+            "useful_tokens_per_second": self.useful_per_step / step,
+            "mfu": mfu,
+            "shares": shares,
+        }
+        return [
+            f"verdict: {self.useful_per_step / step:.0f} useful tokens/s, {step:.2f} s a step (median; forecast "
+            f"{self.step:.2f}), {_gib(peak)} GiB at most (forecast {_gib(self.peak)})",
+            f"verdict: {mfu:.0%} of the device's measured {self.rates.flops / 1e9:,.0f} GFLOP/s went into useful "
+            f"arithmetic; limited by {limit} ({told})",
+        ], found
+
+
+def forecast(recipe: Recipe, config: Any, plan: Plan, table: TokenTable, steps: int) -> Forecast:
+    """Looks ahead, before a weight is read.
+
+    Args:
+        recipe: the run's.
+        config: of the model.
+        plan: with shared prompts, as the run will make it if the model allows.
+        table: training rows.
+        steps: optimizer steps of the run.
+    """
+    dtype = compute_dtype(recipe.model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = plan.costliest()
+    kind = plan.layout.kind
+    batch = pack(table, rows, share=True, kind=kind, counts=step_counts(table, rows))
+    checkpointing = recipe.train.gradient_checkpointing
+    with without_random_numbers():
+        traced = trace(
+            config, batch, make=lambda each: _skeleton(recipe, each), dtype=dtype, checkpointing=checkpointing
+        )
+    rates = measured(device, dtype)
+    bins = [part for step in plan.epoch(0)[:SAMPLED_STEPS] for ranks in step for part in ranks if len(part)]
+    some = min(plan.steps_per_epoch, SAMPLED_STEPS)
+    positions = sum(plan.positions(part) for part in bins) / some / plan.world
+    useful = float(table.shared_lengths()[np.concatenate(bins)].sum()) / some
+    scale = positions / plan.positions(rows)
+    full = recipe.lora is None
+    live = recipe.needs_reference and recipe.reference.source != "cached"
+    forward = traced.forward_flops * scale
+    reference = 0.0
+    if recipe.needs_reference and not live:
+        of_step = forward / rates.flops + traced.moved * scale / 3 / rates.bandwidth
+        reference = len(table) / recipe.train.rows_per_step * of_step
+    return Forecast(
+        memory=_memory(recipe, traced, device),
+        available=_available(device),
+        rates=rates,
+        microbatches=plan.microbatches,
+        token_budget=plan.token_budget,
+        checkpointing=checkpointing,
+        steps=steps,
+        useful_per_step=useful,
+        padding=1 - useful / (positions * plan.world),
+        arithmetic=(traced.total_flops * scale + live * forward) / rates.flops,
+        # The optimizer reads gradient, weight and two moments, and writes the latter three; clipping reads gradients.
+        moving=(traced.moved * scale * (4 / 3 if live else 1) + 8 * 4 * traced.trained) / rates.bandwidth,
+        useful_flops=forward * (3 if full else 2) * useful / (positions * plan.world),
+        reference=reference,
+        world=plan.world,
+    )
+
+
+def _skeleton(recipe: Recipe, config: Any) -> torch.nn.Module:
+    """The policy without contents."""
+    from peft import PeftConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    values = recipe.mixture.needs.values
+    kind: Any = AutoModelForSequenceClassification if values else AutoModelForCausalLM
+    if values:
+        config = with_head(config, values, recipe.model.model_name_or_path)
+    way = NAME if dense_attention(config) == "sdpa" else "eager"
+    dtype = torch.float32 if recipe.lora is None else compute_dtype(recipe.model)
+    model: Any = kind.from_config(
+        config, attn_implementation=way, dtype=dtype, trust_remote_code=recipe.model.trust_remote_code
+    )
+    if recipe.lora is not None and recipe.lora.adapter_name_or_path is not None:
+        model = get_peft_model(model, PeftConfig.from_pretrained(recipe.lora.adapter_name_or_path))
+    elif recipe.lora is not None:
+        model = add_adapter(model, recipe.lora)
+    bind(model)
+    return model
+
+
+def _memory(recipe: Recipe, traced: Traced, device: torch.device) -> dict[str, float]:
+    name = recipe.train.optim
+    each = 0 if name in ("sgd", "adafactor") else 2 if "8bit" in name else 8
+    paged = name.startswith("paged") and device.type == "cuda"
+    second = recipe.needs_reference and (
+        recipe.reference.source == "live" or recipe.reference.model not in ("initial", "base")
+    )
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        program = float(total - free)
+    else:
+        program = psutil.Process().memory_info().rss + STILL_TO_LOAD
+    return {
+        "program": program,
+        "weights": traced.parameter_bytes,
+        "optimizer": 0.0 if paged else each * traced.trained,
+        "gradients and activations": traced.peak * (KEPT_BY_ALLOCATOR if device.type == "cpu" else 1.0),
+        "reference": traced.parameter_bytes if second else 0.0,
+        "initial weights": traced.trained_bytes if recipe.regularizers else 0.0,
+    }
+
+
+def most_memory() -> float:
+    """Most bytes this process has had, on the accelerator where there is one."""
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        beside = total - free - torch.cuda.memory_reserved()
+        return float(torch.cuda.max_memory_reserved() + beside)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def _available(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[1])
+    return float(psutil.virtual_memory().available + psutil.Process().memory_info().rss)
+
+
+def measured(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> Rates:
+    """Rates of a device: the best of a few large products and additions."""
+    size = 1024 if device.type == "cpu" else 8192
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    product = _best(lambda: left @ right, device, seconds)
+    numbers = torch.zeros(2**24 if device.type == "cpu" else 2**28, device=device)
+    addition = _best(lambda: numbers.add_(1.0), device, seconds)
+    return Rates(flops=2 * size**3 / product, bandwidth=2 * numbers.nbytes / addition)
+
+
+def _best(work: Any, device: torch.device, seconds: float) -> float:
+    state, taken, started = None, [], time.perf_counter()
+    while len(taken) < 3 or time.perf_counter() - started < seconds:
+        before = time.perf_counter()
+        state = work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - before)
+    del state
+    return min(taken)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s" if minutes else f"{seconds:.1f} s"
