@@ -83,6 +83,8 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+BLOCK = 128
+"""Positions of a block of FlexAttention."""
 CPU_BUDGET, GPU_BUDGET = 1024, 16384
 """Positions of a microbatch that keep the device busy. More would only take more memory for activations."""
 
@@ -99,14 +101,15 @@ def token_budget(asked: int | str, lengths: np.ndarray) -> int:
     return max(GPU_BUDGET if torch.cuda.is_available() else CPU_BUDGET, int(lengths.max(initial=0)))
 
 
-def train_plan(recipe: Recipe, table: TokenTable, *, share: bool, pack: bool) -> Plan:
+def train_plan(recipe: Recipe, table: TokenTable, *, share: bool, pack: bool, blocks: bool = False) -> Plan:
     """Which rows are computed together.
 
     Args:
         recipe: for rows per step, token budget, length of the run and seed.
         table: training rows.
         share: whether responses share their prompt's positions.
-        pack: whether rows are laid end to end (block-sparse attention) or one per line (dense masks).
+        pack: whether rows are laid end to end (attention by segments or blocks) or one per line (dense masks).
+        blocks: whether attention works on blocks of positions (FlexAttention).
     Raises:
         DataError: a row does not fit the token budget.
     """
@@ -120,7 +123,7 @@ def train_plan(recipe: Recipe, table: TokenTable, *, share: bool, pack: bool) ->
         token_budget=token_budget(recipe.train.token_budget, lengths),
         epochs=epochs,
         world=world_size(),
-        layout=Layout(kind="pack" if share and pack else "bucket"),
+        layout=Layout(kind="pack" if share and pack else "bucket", multiple=BLOCK if share and blocks else 1),
         seed=recipe.train.seed,
     )
 

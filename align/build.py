@@ -89,8 +89,9 @@ def build(
     _tell_parameters(model, say)
     model.to(args.device)
     share, path_check = _choose_path(recipe, model, prepared.train.table, dtype, args.device)
-    packs = causal_lm(model).config.get_text_config()._attn_implementation in models.PACKING
-    plan = train_plan(recipe, prepared.train.table, share=share, pack=packs)
+    way = causal_lm(model).config.get_text_config()._attn_implementation
+    packs, blocks = way in models.PACKING, way == "flex_attention"
+    plan = train_plan(recipe, prepared.train.table, share=share, pack=packs, blocks=blocks)
     args.gradient_accumulation_steps = plan.microbatches
     say(
         f"plan: {plan.steps_per_epoch} steps an epoch of {recipe.train.rows_per_step} rows, in {plan.microbatches} "

@@ -39,22 +39,29 @@ def attention_mask(batch: PackedBatch, window: int | None = None) -> Bool[Tensor
 
 
 def block_mask(batch: PackedBatch, window: int | None = None) -> Any:
-    """The same rule as a FlexAttention block mask: blocks that hold nothing cost nothing."""
+    """The same rule as a FlexAttention block mask: blocks that hold nothing cost nothing.
+
+    The rule is a function of tensors alone. One that held the batch would be compiled anew for every batch.
+    """
     from torch.nn.attention.flex_attention import create_block_mask
 
-    lines, n = batch.row_ids.shape
+    row, leg, position = batch.row_ids, batch.leg_ids, batch.position_ids
+    lines, n = row.shape
+    # Uncompiled it would hold all pairs of positions at once.
     return create_block_mask(
-        lambda line, _head, query, key: _visible(batch, window, line, query, key),
+        lambda line, _head, query, key: _visible(row, leg, position, window, line, query, key),
         B=lines,
         H=None,
         Q_LEN=n,
         KV_LEN=n,
-        device=str(batch.row_ids.device),
+        device=str(row.device),
+        _compile=row.device.type == "cuda",
     )
 
 
-def _visible(batch: PackedBatch, window: int | None, line: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    row, leg, position = batch.row_ids, batch.leg_ids, batch.position_ids
+def _visible(
+    row: Tensor, leg: Tensor, position: Tensor, window: int | None, line: Tensor, query: Tensor, key: Tensor
+) -> Tensor:
     same = (row[line, query] == row[line, key]) & (row[line, key] != PADDING)
     seen = same & (query >= key) & ((leg[line, key] == PROMPT) | (leg[line, key] == leg[line, query]))
     if window is not None:

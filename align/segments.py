@@ -10,7 +10,6 @@ generation and the model's own forward do not notice.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -42,7 +41,8 @@ def segments_of(batch: PackedBatch, window: int | None = None) -> Int[Tensor, "1
     if batch.input_ids.shape[1] > end:  # padding, which attends to itself
         found.append([end, batch.input_ids.shape[1], end, end, window or 0])
     places = torch.tensor(found, dtype=torch.int64)[None, None]
-    places.segments = found  # type: ignore[attr-defined]  # so that no layer has to read them off a tensor
+    # So that no layer has to read them off a tensor, or to make a mask that another has made.
+    places.segments, places.masks = found, {}  # type: ignore[attr-defined]
     return places
 
 
@@ -73,6 +73,7 @@ def segment_attention(
         key, value = (each.repeat_interleave(repeats, dim=1) for each in (key, value))
     outputs = []
     found = getattr(attention_mask, "segments", None) or attention_mask[0, 0].tolist()
+    masks: dict[Any, Tensor] = getattr(attention_mask, "masks", {})
     for start, end, first, last, window in found:
         own = slice(start, end)
         keys, values = key[:, :, own], value[:, :, own]
@@ -81,7 +82,10 @@ def segment_attention(
         seen = last - first
         mask = None
         if seen or 0 < window < end - start:
-            mask = _mask(seen, end - start, window, query.dtype, query.device)
+            kind = (seen, end - start, window, query.dtype, query.device)
+            if kind not in masks:
+                masks[kind] = _mask(*kind)
+            mask = masks[kind]
         outputs.append(
             scaled_dot_product_attention(
                 *(query[:, :, own], keys, values),
@@ -94,11 +98,10 @@ def segment_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-@lru_cache(maxsize=64)
 def _mask(
     seen: int, length: int, window: int, dtype: torch.dtype, device: torch.device
 ) -> Float[Tensor, "query position"]:
-    """To add to the scores of ``length`` tokens that stand after ``seen`` others; every layer asks for the same."""
+    """To add to the scores of ``length`` tokens that stand after ``seen`` others."""
     keys = torch.arange(seen + length, device=device)
     back = keys[seen:, None] - keys[None, :]
     visible = (back >= 0) & (back < window) if window else back >= 0

@@ -2,8 +2,8 @@
 
 The run's own forward is executed on tensors that have shapes and no contents, so that whatever the architecture does
 is counted as it will be done: arithmetic of matrix products and attention, bytes that all other operations read and
-write, and the most memory that is in use at any moment. Models with many equal layers are traced with two and with
-four, and the rest follows.
+write, and the most memory that is in use at any moment. Models are traced with two layers and with four, and the rest
+follows, layers being alike.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import contextlib
 import copy
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data.pack import PackedBatch
 
 FEW = (2, 4)
-"""Layers that are traced; models with no more than the latter are traced whole."""
+"""Layers that are traced; what a layer adds is known from both."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +86,39 @@ class _Watch(TorchDispatchMode):
         self.now -= size
 
 
+def _onto_cpu(model: nn.Module) -> None:
+    """Moves a model without contents to where its operations choose the kernels they will have; ties are kept."""
+    moved: dict[int, Tensor] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, value in held.items():
+                if value is None:
+                    continue
+                if id(value) not in moved:
+                    fresh = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
+                    parameter = isinstance(value, nn.Parameter)
+                    moved[id(value)] = nn.Parameter(fresh, requires_grad=value.requires_grad) if parameter else fresh
+                held[name] = moved[id(value)]  # type: ignore[assignment]
+
+
+def _attention(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """Scores and their product with the values: (line, head, query, size) and the same with keys."""
+    lines, heads, queries, size = query
+    return 2 * lines * heads * queries * key[2] * (size + value[3])
+
+
+def _attention_backward(slope: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Scores again, and two products for each of the forward's."""
+    return _attention(query, key, value) * 5 // 2
+
+
+ON_CPUS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+"""What torch's counter leaves out."""
+
+
 def _is_product(func: Any) -> bool:
     name = func._schema.name
     return any(part in name for part in ("mm", "scaled_dot_product", "convolution"))
@@ -97,36 +130,45 @@ def trace(config: Any, batch: PackedBatch, *, make: Any, dtype: torch.dtype, che
     Args:
         config: of the model.
         batch: on the CPU.
-        make: builds the bound model from a configuration, under a mode in which nothing is allocated.
+        make: builds the bound model from a configuration, on a device where nothing is allocated.
         dtype: of the computation; below float32 it runs under autocast.
         checkpointing: whether activations are computed again.
     """
-    layers = int(config.get_text_config().num_hidden_layers)
-    if layers <= FEW[1]:
-        return _traced(config, batch, make, dtype, checkpointing)
-    low, high = (_traced(_with_layers(config, number), batch, make, dtype, checkpointing) for number in FEW)
+    text = config.get_text_config()
+    layers = int(text.num_hidden_layers)
+    low, high = (_traced(_with_layers(config, number), batch, make, dtype) for number in FEW)
     each = (high + low * -1.0) * (1 / (FEW[1] - FEW[0]))
-    return low + each * (layers - FEW[0])
+    whole = low + each * (layers - FEW[0])
+    if not checkpointing:
+        return whole
+    # Of every layer its input is kept, and in the backward pass one layer at a time is as if it alone were there.
+    kept = batch.input_ids.numel() * int(text.hidden_size) * dtype.itemsize
+    return replace(
+        whole,
+        total_flops=whole.total_flops + layers * each.forward_flops,
+        moved=whole.moved + layers * each.moved / 3,
+        peak=low.peak + each.peak * (1 - FEW[0]) + (layers - 1) * (each.trained_bytes + kept),
+    )
 
 
 def _with_layers(config: Any, number: int) -> Any:
-    shorter = copy.deepcopy(config)
-    text = shorter.get_text_config()
+    changed = copy.deepcopy(config)
+    text = changed.get_text_config()
     text.num_hidden_layers = number
     if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:number]
-    return shorter
+        text.layer_types = (list(text.layer_types) * number)[:number]
+    return changed
 
 
-def _traced(config: Any, batch: PackedBatch, make: Any, dtype: torch.dtype, checkpointing: bool) -> Traced:
-    with FakeTensorMode(allow_non_fake_inputs=True):
+def _traced(config: Any, batch: PackedBatch, make: Any, dtype: torch.dtype) -> Traced:
+    with torch.device("meta"):
         model: nn.Module = make(config)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _onto_cpu(model)
         model.train()
-        if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         known = {each.untyped_storage()._cdata for each in (*model.parameters(), *model.buffers())}
         low = dtype in (torch.bfloat16, torch.float16)
-        with _Watch(known) as watch, FlopCounterMode(display=False) as flops:
+        with _Watch(known) as watch, FlopCounterMode(display=False, custom_mapping=ON_CPUS) as flops:
             seen = []
             for _ in range(2):  # in the second pass gradients are there already, as in most microbatches
                 with torch.autocast("cpu", dtype) if low else contextlib.nullcontext():

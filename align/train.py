@@ -143,8 +143,9 @@ def run(recipe: Recipe, command: str = "", measure: Measure | None = None, *, on
         prepared = prepare(spec, tokenizer)
     assemble.tell_data(prepared.report, say)
     models.check_vocabulary(recipe.model, config, *prepared.tables())
-    packs = models.attention(recipe.model, config) in models.PACKING
-    plan = assemble.train_plan(recipe, prepared.train.table, share=True, pack=packs)
+    way = models.attention(recipe.model, config)
+    packs, blocks = way in models.PACKING, way == "flex_attention"
+    plan = assemble.train_plan(recipe, prepared.train.table, share=True, pack=packs, blocks=blocks)
     ahead = None
     if first:
         ahead = forecast(recipe, config, plan, prepared.train.table, assemble.total_steps(recipe, plan.steps_per_epoch))

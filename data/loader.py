@@ -8,7 +8,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from data.pack import NOTHING, Known, PackedBatch, PerToken, pack
-from data.plan import Plan
+from data.plan import Layout, Plan
 from data.store import Ragged, TokenTable
 from objectives import Weighting
 from objectives.output import Counts
@@ -40,9 +40,17 @@ class PlannedBatches(Dataset[PackedBatch]):
 
     def pack(self, rows: np.ndarray | Sequence[int], counts: Counts | None = None) -> PackedBatch:
         """Lays any rows out as this loader does; counts default to those rows' own."""
-        kind = self.plan.layout.kind if self.share else "bucket"
+        layout = self.plan.layout if self.share else Layout(kind="bucket")
         counts = counts if counts is not None else self.counts(np.asarray(rows))
-        return pack(self.table, rows, share=self.share, kind=kind, counts=counts, known=self.known)
+        return pack(
+            self.table,
+            rows,
+            share=self.share,
+            kind=layout.kind,
+            counts=counts,
+            known=self.known,
+            multiple=layout.multiple,
+        )
 
     def counts(self, rows: np.ndarray) -> Counts:
         """What a step made of these rows holds."""

@@ -138,6 +138,7 @@ def pack(
     kind: str = "bucket",
     counts: Counts,
     known: Known = NOTHING,
+    multiple: int = 1,
 ) -> PackedBatch:
     """Lays rows out for one forward pass.
 
@@ -148,6 +149,7 @@ def pack(
         kind: ``bucket`` (a line per row or sequence) or ``pack`` (one line; only with ``share``).
         counts: of the whole step.
         known: what goes into the batch beside the tokens.
+        multiple: lines are padded to a multiple of this many positions.
     """
     assert share or kind == "bucket", "separate sequences are lines of their own"
     numbers = [int(row) for row in rows]
@@ -176,7 +178,7 @@ def pack(
                 last_prompt = lines[-1].add(prompt, row, PROMPT, 0) + len(prompt) - 1
                 start = lines[-1].add(leg[row], row, number, len(prompt))
                 spans[name].append((len(lines) - 1, start, last_prompt))
-    width = max(line.length for line in lines)
+    width = -(-max(line.length for line in lines) // multiple) * multiple
     source, target, legs = _index(table, numbers, spans, width, known)
     return PackedBatch(
         input_ids=_stack(lines, "ids", width, 0),

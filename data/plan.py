@@ -20,13 +20,19 @@ from data.errors import DataError
 class Layout:
     """How many positions a bin of rows takes.
 
-    ``bucket``: one row per line, padded to the longest (attention masks on CPU). ``pack``: rows end to end.
+    ``bucket``: one row per line, padded to the longest (dense attention masks). ``pack``: rows end to end.
     """
 
     kind: str
+    multiple: int = 1
+    """Lines are padded to a multiple of this: kernels that work on blocks see fewer shapes, and are compiled once."""
 
     def __post_init__(self) -> None:
         assert self.kind in ("bucket", "pack"), self.kind
+
+    def padded(self, length: int) -> int:
+        """Positions of a line that holds ``length`` tokens."""
+        return -(-length // self.multiple) * self.multiple
 
     def bins_under(self, lengths: np.ndarray, budget: int) -> list[int]:
         """Greedy split of ascending ``lengths`` into runs that take at most ``budget`` positions.
@@ -34,6 +40,7 @@ class Layout:
         Returns:
             The end of each run. Longer rows come last, so a run's width is its last length.
         """
+        budget = budget // self.multiple * self.multiple
         ends: list[int] = []
         start = total = 0
         for i, length in enumerate(lengths.tolist()):
@@ -127,4 +134,6 @@ class Plan:
     def positions(self, rows: Sequence[int] | np.ndarray) -> int:
         """Positions a bin takes, padding included."""
         lengths = self.lengths[np.asarray(rows)]
-        return int(lengths.max() * len(lengths) if self.layout.kind == "bucket" else lengths.sum())
+        if self.layout.kind == "bucket":
+            return self.layout.padded(int(lengths.max())) * len(lengths)
+        return self.layout.padded(int(lengths.sum()))

@@ -1,0 +1,195 @@
+"""What is told before a run: arithmetic by hand, memory against what runs take, and that ``--plan`` costs nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from align import model as models
+from align import train
+from align.forecast import Forecast, Rates
+from align.forward import bind
+from align.segments import NAME
+from align.tracing import Traced, _traced, trace, without_random_numbers
+from data.pack import PackedBatch, pack
+from tests.align.tiny import random_table
+from tests.equivalence.runs import write_rows
+from tests.equivalence.worlds import WORDS, save_model
+
+LEGS = ("chosen", "rejected")
+SHAPE = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 256, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def shape(layers: int) -> LlamaConfig:
+    return LlamaConfig(**SHAPE, num_hidden_layers=layers)  # type: ignore[arg-type]
+
+
+def packed() -> PackedBatch:
+    return pack(random_table(LEGS), [0, 1, 2], share=True, kind="pack", counts={})
+
+
+def full(config: Any) -> Any:
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
+    bind(model)
+    return model
+
+
+def with_adapter(config: Any) -> Any:
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    bind(model)
+    return model
+
+
+def traced(layers: int = 2, make: Any = full, *, checkpointing: bool = False) -> Traced:
+    return trace(shape(layers), packed(), make=make, dtype=torch.float32, checkpointing=checkpointing)
+
+
+def test_arithmetic_by_hand():
+    """Two operations for each weight and position; the head at responses alone; QKᵀ and PV of what a segment sees."""
+    batch = packed()
+    positions, responses = batch.input_ids.shape[1], len(batch.target)
+    of_layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48
+    wanted = 2 * (2 * of_layer * positions) + 2 * 32 * 96 * responses
+    for segment in batch.segments:
+        length, seen = segment.end - segment.start, segment.prompt[1] - segment.prompt[0]
+        wanted += 2 * (4 * 32 * length * (length + seen))
+    found = traced()
+    assert found.forward_flops == wanted
+    # The backward pass has twice that, and computes the head's logits and its chunk's own forward again.
+    again = 2 * 32 * 96 * responses
+    assert found.total_flops == pytest.approx(3 * wanted + again, rel=0.05)
+
+
+def test_layers_are_extrapolated_exactly():
+    whole = _traced(shape(7), packed(), full, torch.float32)
+    found = traced(7)
+    for name in Traced.__slots__:
+        assert getattr(found, name) == pytest.approx(getattr(whole, name), rel=0.01), name
+    assert found.parameters == whole.parameters
+
+
+def test_what_an_adapter_and_checkpointing_save():
+    plain, adapter, again = traced(6), traced(6, with_adapter), traced(6, checkpointing=True)
+    assert plain.trained == plain.parameters
+    assert adapter.trained < 0.3 * adapter.parameters
+    assert adapter.parameters == plain.parameters + adapter.trained
+    assert adapter.total_flops < plain.total_flops
+    assert again.peak < plain.peak
+    assert again.total_flops > 1.25 * plain.total_flops
+
+
+def test_looking_ahead_draws_no_random_numbers():
+    torch.manual_seed(3)
+    with without_random_numbers():
+        traced()
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(after, torch.rand(1))
+
+
+AHEAD = Forecast(
+    memory={"program": 1e9, "weights": 2e9},
+    available=4e9,
+    rates=Rates(flops=1e12, bandwidth=1e10),
+    microbatches=2,
+    token_budget=1000,
+    checkpointing=False,
+    steps=10,
+    useful_per_step=1500.0,
+    padding=0.25,
+    arithmetic=3.0,
+    moving=1.0,
+    useful_flops=2e12,
+    reference=7.0,
+    world=1,
+)
+
+
+def test_words_and_shares_by_hand():
+    """A step of 5 seconds: 3 of arithmetic, 1 of memory traffic; 2 of the 5 · 10¹² operations possible were useful."""
+    told = " ".join(AHEAD.lines())
+    for part in (
+        "2.79 GiB at most of 3.73",
+        "375 useful tokens/s",
+        "would allow 500",
+        "25.0% padding",
+        "40.0 s",
+        "7.0 s",
+    ):
+        assert part in told, part
+    assert "warning" not in told
+    lines, found = AHEAD.verdict([9.0, 5.0, 4.0], peak=3.3e9)
+    assert found["mfu"] == pytest.approx(0.4)
+    assert found["useful_tokens_per_second"] == 300
+    assert list(found["shares"].values()) == pytest.approx([0.6, 0.2, 0.2])
+    assert "limited by arithmetic" in lines[1]
+
+
+def test_too_much_memory_is_said_with_what_to_do():
+    told = replace(AHEAD, available=2e9).lines()[-1]
+    assert told.startswith("warning: that is more memory than there is; lower train.token_budget")
+    assert "gradient_checkpointing" in told
+    assert "gradient_checkpointing" not in replace(AHEAD, available=2e9, checkpointing=True).lines()[-1]
+
+
+def long_rows(folder: Path, number: int) -> Path:
+    text = " ".join(WORDS)
+    rows = [
+        {"prompt": f"{i} {text}:", "chosen": f" {text[: 40 + i]}.", "rejected": f" {text[i:]}!"} for i in range(number)
+    ]
+    return write_rows(folder / "pairs.jsonl", rows)
+
+
+def words(folder: Path, *more: str) -> list[str]:
+    return [
+        "--objective=dpo", f"--model_name_or_path={folder / 'model'}", f"--dataset_name={folder / 'pairs.jsonl'}",
+        f"--output_dir={folder / 'run'}", "--eval_share=0", "--save_strategy=no", *more,
+    ]  # fmt: skip
+
+
+def test_plan_tells_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """No weight is read and no folder is made."""
+    save_model(tmp_path / "model")
+    long_rows(tmp_path, 12)
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(models, "load_weights", None)
+    assert train.main(words(tmp_path, "--rows_per_step=4", "--plan")) == 0
+    told = capsys.readouterr().out
+    assert "forecast: " in told
+    assert "3 steps" in told
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_memory_is_forecast_within_15_percent(tmp_path: Path, adapter: bool):
+    """In a process of its own, with 20 million weights, so that they and not the program's own memory decide."""
+    size = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8}
+    save_model(tmp_path / "model", **size, num_key_value_heads=8, max_position_embeddings=512)
+    long_rows(tmp_path, 36)
+    more = ["--rows_per_step=12", *(["--lora={r: 8, target_modules: all-linear}"] if adapter else [])]
+    done = subprocess.run(
+        [sys.executable, "-m", "align.train", *words(tmp_path, *more)],
+        env=None,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "run" / "forecast.json").read_text())
+    assert found["peak"] == pytest.approx(found["forecast"]["peak"], rel=0.15)
+    assert found["forecast"]["padding"] == 0
+    assert sum(found["shares"].values()) >= 0.99
