@@ -80,16 +80,18 @@ def make_rows(path: Path, number: int) -> None:
     ]
 
     def text(low: int, high: int) -> str:
-        length, parts = rng.randint(low, high), []
-        while sum(map(len, parts)) < length:
+        length, written, parts = rng.randint(low, high), 0, []
+        while written < length:
             parts.append(rng.choice(words) + " ")
+            written += len(parts[-1])
         return "".join(parts)[:length]
 
-    rows = [
+    rows = (
         {"prompt": f"{i}: {text(200, 500)}?", "chosen": f" {text(20, 160)}.", "rejected": f" {text(20, 160)}!"}
         for i in range(number)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    )
+    with path.open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def run_ours(model: Path, rows: Path, steps: int, batch: int, output: Path) -> dict[str, Any]:
