@@ -72,19 +72,20 @@ class Gathered:
     """Share of the rows read that is left, each step's losses counted against the rows of that step."""
 
 
-def read_sources(spec: DataSpec, workers: Workers | None = None) -> Gathered:
+def read_sources(spec: DataSpec, workers: Workers | None = None, store: RowStore | None = None) -> Gathered:
     """Training and evaluation rows: read, rescored, given their legs, held out, relabelled, mixed. Needs no tokenizer.
 
     Args:
         spec: what to read.
         workers: convert and arrange large datasets.
+        store: takes all rows.
     Raises:
         DataError: see ``load_rows``, ``rescored``, ``arrange`` and ``with_mismatched``; also when rule, reward
             transforms or relabelers don't go with data or objective.
     """
     check_transforms(spec.reward_transforms)
-    workers = workers or Workers(0)
-    store = RowStore(cache_dir() / "rows")
+    workers = Workers(0) if workers is None else workers
+    store = RowStore(cache_dir() / "rows") if store is None else store  # an empty one is false
 
     def load(source: Source) -> LoadedRows:
         return load_rows(source, limit=spec.max_rows, store=store, workers=workers)

@@ -27,7 +27,7 @@ from data.errors import DataError
 from data.formats import RowProblem
 from data.gathering import DataSpec, Gathered, hold_out, names_of, read_sources
 from data.identity import identity_of
-from data.rowstore import numbered
+from data.rowstore import RowStore, numbered
 from data.shapes import refuse_one_class
 from data.store import FORMAT, TokenTable, cache_dir, digest, write_folder
 from data.tables import Split, SplitWriter, Written
@@ -100,8 +100,8 @@ def _prepared(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, fingerprint: s
     cache = cache_dir() / "rows"
     cache.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(cache)
-    with Workers() as workers:
-        rows = read_sources(spec, workers)
+    with Workers() as workers, RowStore(cache) as store:
+        rows = read_sources(spec, workers, store)
         key = digest(
             FORMAT,
             [dataclasses.astuple(spec.policy), spec.legs, spec.labels, spec.scores, fingerprint],

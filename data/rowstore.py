@@ -137,7 +137,8 @@ def _unpacked(file: int, starts: np.ndarray, ends: np.ndarray) -> Iterator[Row]:
 
 
 class RowStore:
-    """All rows of a preparation, appended one batch after the other.
+    """All rows of a preparation, appended one batch after the other. What is on disk goes when it does, or at the end
+    of a ``with`` block.
 
     Args:
         folder: where a temporary folder is made for rows that are too many to be kept in memory.
@@ -152,6 +153,14 @@ class RowStore:
         self._columns: list[list[np.ndarray]] = [[], [], [], [], []]
         self._joined: list[np.ndarray] | None = None
         self._length = self._bytes = 0
+        self._end: list[Callable[[], object]] = []
+
+    def __enter__(self) -> RowStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for end in self._end:
+            end()
 
     def __len__(self) -> int:
         return self._length
@@ -188,10 +197,10 @@ class RowStore:
     def _spill(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         folder = tempfile.mkdtemp(prefix=".store-", dir=self._folder)
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self._end.append(weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True))
         self.path = os.path.join(folder, "rows")
         self._file = open(self.path, "w+b", buffering=0)  # noqa: SIM115  # as long as the store; unbuffered: workers read it
-        weakref.finalize(self, self._file.close)
+        self._end.append(weakref.finalize(self, self._file.close))
         self._file.write(self._blob)
         self._blob = bytearray()
 

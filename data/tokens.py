@@ -112,7 +112,7 @@ def tokenize_rows(
     tokenizer: PreTrainedTokenizerBase,
     policy: TokenPolicy,
     legs: Sequence[str],
-    batch: int = BATCH,
+    batch: int | None = None,
     scores: Sequence[str] = (),
     into: Callable[[TokenChunk], None] | None = None,
     workers: Workers | None = None,
@@ -124,7 +124,7 @@ def tokenize_rows(
         tokenizer: must have an end token.
         policy: length limit and what to do beyond it.
         legs: names of the responses to keep, in order.
-        batch: rows tokenised at a time.
+        batch: rows tokenised at a time; default: 1000.
         scores: names of the scores to keep.
         into: takes the rows to train on, as arrays, a batch at a time; the list of them is then empty.
         workers: tokenise the batches, where ``into`` takes them and the rows are many.
@@ -143,6 +143,7 @@ def tokenize_rows(
     dropped: list[Dropped] = []
     stats = TokenStats()
     how = Tokenisation(Codec(tokenizer), policy, tuple(legs), tuple(scores))
+    batch = batch or BATCH
     starts = range(0, len(rows), batch)
     if into is None:
         for start in starts:

@@ -198,7 +198,10 @@ def serve() -> None:
             answer = pickle.dumps((True, function(shared, pickle.loads(job))), protocol=5)
         except BaseException as error:
             answer = _failure(error)
-        _send(results, answer)
+        try:
+            _send(results, answer)
+        except BrokenPipeError:  # the parent has ended
+            return
 
 
 def _failure(error: BaseException) -> bytes:
