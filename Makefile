@@ -1,4 +1,4 @@
-# make setup | quickstart | test | test-all | check | bench | objectives | promises | recipe_costs | mutants | docs | clean
+# make setup | quickstart | test | test-all | check | bench | bench_preparation | objectives | promises | recipe_costs | mutants | docs | clean
 # Everything lives in .venv; nothing outside the checkout is touched.
 PYTHON ?= python3.11
 # torch is installed first, so that nothing pulls in another build. For a GPU, choose the build that fits it:
@@ -12,7 +12,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup quickstart test test-all check bench objectives promises recipe_costs mutants docs clean
+.PHONY: setup quickstart test test-all check bench bench_preparation objectives promises recipe_costs mutants docs clean
 
 setup: $(READY)
 
@@ -37,6 +37,9 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m launch.bench.vs_trl --table docs/performance.json
+
+bench_preparation: $(READY)
+	$(BIN)/python -m launch.bench.preparation
 
 objectives: $(READY)
 	$(BIN)/python -m launch.bench.objectives

@@ -47,8 +47,8 @@ class Rendered:
         return all(text.startswith(self.prompt) for text in self.full.values())
 
 
-def render(row: Row, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """Writes a row as text.
+def render(row: Row, tokenizer: PreTrainedTokenizerBase | None) -> Rendered:
+    """Writes a row as text. Plain text takes no tokenizer.
 
     A prompt of messages must end with a turn of someone other than the assistant: a response that continues an opened
     turn has no template-independent rendering, since templates strip and close turns as they like.
@@ -64,6 +64,7 @@ def render(row: Row, tokenizer: PreTrainedTokenizerBase) -> Rendered:
             f"{row.where}: the prompt must end with a turn that the assistant answers; move a last assistant turn into "
             "the responses"
         )
+    assert tokenizer is not None, "a chat template is a tokenizer's"
     prompt = _apply(row.prompt, row, tokenizer, add_generation_prompt=True)
     full = {
         name: _apply((*row.prompt, *_turns(response, row)), row, tokenizer) for name, response in row.responses.items()

@@ -11,6 +11,8 @@ import csv
 import gzip
 import json
 import os
+import re
+import time
 import zlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +30,8 @@ from data.store import digest
 
 KINDS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 KNOWN_FILES = "json, jsonl, parquet, arrow or csv, also with .gz"
+TICK = 20_000_000
+"""Nanoseconds after which a file that is written again has another time."""
 METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
 
@@ -66,6 +70,57 @@ def read(
             yield from _rows_of(dataset_name, split, config, streaming=True, revision=None if local else version)
 
     return read_json(spooled([where, config, split], version, limit, dataset_name, stream))
+
+
+def version_of(dataset_name: str, *, split: str, config: str | None, streaming: bool) -> str | None:
+    """What changes when the rows of ``read`` may have changed, without reading them; None if that can't be known."""
+    path = Path(os.path.expanduser(dataset_name))
+    if looks_local(dataset_name):
+        return None if _leads_elsewhere(path) else version_of_files(path)
+    if streaming:
+        commit = _version_on_hub(dataset_name)
+        return None if commit is None else digest(dataset_name, commit)
+    try:
+        with _explained(dataset_name):
+            found = datasets.load_dataset(dataset_name, config, split=split)
+        files = [Path(each["filename"]) for each in found.cache_files]  # type: ignore[union-attr,index]
+        stats = [version_of_files(file) for file in files]
+        return digest(found._fingerprint, stats) if files and all(stats) else None  # type: ignore[union-attr]
+    except (DataError, AttributeError, OSError):  # reading says what is wrong
+        return None
+
+
+def _leads_elsewhere(path: Path) -> bool:
+    """Whether the files of a folder are not all that is read: links to folders, or a README that names others."""
+    if not path.is_dir():
+        return False
+    if any(each.is_symlink() and each.is_dir() for each in path.rglob("*")):
+        return True
+    readme = path / "README.md"
+    about = readme.read_text(errors="replace").split("---") if readme.is_file() else []
+    return len(about) > 1 and "data_files" in about[1] and bool(re.search(r"""://|\.\.|[\s"'\[]/""", about[1]))
+
+
+def version_of_files(path: Path) -> str | None:
+    """What changes when a file, or one of a folder, may have changed; None if it is not there.
+
+    Times move in ticks of a few milliseconds: a file that was written just now could be written again without a trace.
+    So this waits until it no longer is.
+    """
+    files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
+    try:
+        stats = [file.stat() for file in files]
+    except OSError:
+        return None
+    age = time.time_ns() - max((each.st_mtime_ns for each in stats), default=0)
+    if 0 <= age < TICK:
+        time.sleep(TICK / 1e9)
+    found = [
+        # Of what preserves sizes and times (cp -p, rsync), the change time and the inode still tell.
+        [str(file.resolve()), each.st_size, each.st_mtime_ns, each.st_ctime_ns, each.st_ino]
+        for file, each in zip(files, stats, strict=True)
+    ]
+    return digest(found) if found else None
 
 
 def _version_of_files(path: Path) -> str | None:

@@ -6,17 +6,19 @@ scored list  ─rule─►  pair, or triple with the best as gold  ─►  two l
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+import numpy as np
+
 from data.errors import DataError
 from data.formats import RowProblem
+from data.rowstore import prompt_key
 from objectives.registry import OBJECTIVES, did_you_mean, example
-from objectives.rows import Candidate, Row, Text
+from objectives.rows import Candidate, Row
 
 RULES = ("best_vs_worst", "best_vs_random", "threshold", "margin")
 COMPLETION, MISMATCHED, PAIR = "completion", "mismatched", frozenset({"chosen", "rejected"})
@@ -182,9 +184,17 @@ def arrange(
     """
     wanted = [leg for leg in legs if leg != MISMATCHED]
     require(rows, wanted, labels=labels, scores=scores)
+    if compares_scores(wanted, rule, labels=labels):
+        refuse_equal_scores(rows)
+    arranged, problems = arrange_each(rows, wanted, labels=labels, rule=rule, seed=seed)
+    return _with_attributes(arranged, scores, problems), problems
+
+
+def arrange_each(
+    rows: Iterable[Row], wanted: Sequence[str], *, labels: bool, rule: Rule, seed: int
+) -> tuple[list[Row], list[RowProblem]]:
+    """The part of ``arrange`` that looks at one row at a time."""
     every = _takes_every(wanted, rule, labels=labels)
-    if not _takes_best(wanted) and not every:
-        _refuse_equal_scores(rows)
     arranged: list[Row] = []
     problems: list[RowProblem] = []
     for row in rows:
@@ -202,21 +212,31 @@ def arrange(
             arranged += [half for each in made for half in _halves(each, wanted)]
         else:
             arranged += made
-    return _with_attributes(arranged, scores, problems), problems
+    return arranged, problems
+
+
+def attributes_in(scores: Sequence[str]) -> list[str]:
+    """Those of the scores that are of a completion's attributes, not of a leg."""
+    return [name for name in scores if name not in (*PAIR, "gold")]
+
+
+def no_attribute(source: str, name: str, there: Iterable[str]) -> DataError:
+    """What is said when no row has a score of an attribute that the objective learns."""
+    return DataError(
+        f"{source}: the objective learns the attribute {name!r}, and no row has a score of it (scores "
+        f"there: {', '.join(sorted(set(there))) or 'none'}); add a column {name}, map one with data.columns, or change "
+        "the objective's attributes"
+    )
 
 
 def _with_attributes(rows: list[Row], scores: Sequence[str], problems: list[RowProblem]) -> list[Row]:
     """The rows that have a score for some attribute, of those that are wanted; every attribute must be somewhere."""
-    attributes = [name for name in scores if name not in (*PAIR, "gold")]
+    attributes = attributes_in(scores)
     if not attributes or not rows:
         return rows
     for name in attributes:
         if not any(name in row.scores for row in rows):
-            has = ", ".join(sorted({key for row in rows for key in row.scores})) or "none"
-            raise DataError(
-                f"{rows[0].source}: the objective learns the attribute {name!r}, and no row has a score of it (scores "
-                f"there: {has}); add a column {name}, map one with data.columns, or change the objective's attributes"
-            )
+            raise no_attribute(rows[0].source, name, (key for row in rows for key in row.scores))
     kept: list[Row] = []
     for row in rows:
         if any(name in row.scores for name in attributes):
@@ -230,6 +250,11 @@ def rule_matters(legs: Sequence[str], *, labels: bool) -> bool:
     """Whether the rule has a say in what these legs are made of."""
     wanted = [leg for leg in legs if leg != MISMATCHED]
     return not _takes_best(wanted) and (labels or wanted != [COMPLETION])
+
+
+def compares_scores(wanted: Sequence[str], rule: Rule, *, labels: bool) -> bool:
+    """Whether pairs are made of scored responses, so that all equal scores would give none."""
+    return not _takes_best(wanted) and not _takes_every(wanted, rule, labels=labels)
 
 
 def _takes_best(wanted: Sequence[str]) -> bool:
@@ -333,7 +358,8 @@ def _listing(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def _refuse_equal_scores(rows: Sequence[Row]) -> None:
+def refuse_equal_scores(rows: Iterable[Row]) -> None:
+    """Raises ``DataError`` if all scores of a source are equal."""
     scores: dict[str, set[float]] = {}
     for row in rows:
         if len(seen := scores.setdefault(row.source, set())) < 2:
@@ -369,44 +395,55 @@ def with_mismatched(rows: Sequence[Row], seed: int) -> list[Row]:
     Raises:
         DataError: all rows have the same prompt.
     """
-    other: dict[int, int] = {}
-    for is_text in (True, False):
-        numbers = [i for i, row in enumerate(rows) if isinstance(row.prompt, str) is is_text]
-        other.update(_other_prompts(numbers, [prompt_key(rows[i].prompt) for i in numbers], rows, seed))
+    numbers: dict[str, int] = {}
+    prompts = np.array([numbers.setdefault(prompt_key(row.prompt), len(numbers)) for row in rows], dtype=np.int64)
+    other = other_prompts(prompts, np.array([isinstance(row.prompt, str) for row in rows], dtype=bool), rows, seed)
     return [
-        replace(row, responses={**row.responses, MISMATCHED: rows[other[i]].responses[COMPLETION]})
-        for i, row in enumerate(rows)
+        replace(row, responses={**row.responses, MISMATCHED: rows[i].responses[COMPLETION]})
+        for row, i in zip(rows, other.tolist(), strict=True)
     ]
 
 
-def _other_prompts(numbers: Sequence[int], prompts: Sequence[str], rows: Sequence[Row], seed: int) -> dict[int, int]:
-    """For each row number one of another prompt."""
-    if not numbers:
-        return {}
-    order = list(range(len(numbers)))
-    random.Random(f"mismatched/{seed}").shuffle(order)
-    groups: dict[str, list[int]] = {}
-    for i in order:
-        groups.setdefault(prompts[i], []).append(numbers[i])
-    if len(groups) == 1:
-        chat = "" if len(numbers) == len(rows) else " among those written as text or as messages alike (data.as_chat)"
-        raise DataError(
-            f"{rows[numbers[0]].where}: all {len(numbers)} rows{chat} have the same prompt, and the objective needs "
-            "completions of another one to compare with (mismatched); add rows with other prompts"
-        )
-    # A stable sort by nothing but the groups' first appearance keeps them side by side in shuffled order.
-    lined_up = [number for group in groups.values() for number in group]
-    largest = max(groups.values(), key=len)
-    if 2 * len(largest) <= len(lined_up):
-        return dict(zip(lined_up, lined_up[len(largest) :] + lined_up[: len(largest)], strict=True))
-    own = set(largest)
-    rest = [number for number in lined_up if number not in own]
-    return {
-        **{number: rest[i % len(rest)] for i, number in enumerate(largest)},
-        **{number: largest[i % len(largest)] for i, number in enumerate(rest)},
-    }
+def other_prompts(prompts: np.ndarray, is_text: np.ndarray, rows: Sequence[Row], seed: int) -> np.ndarray:
+    """For each row the number of one with another prompt.
+
+    Args:
+        prompts: a number for each prompt, (row,).
+        is_text: whether the prompt is text, (row,).
+        rows: for messages.
+        seed: of the shuffle.
+    """
+    other = np.empty(len(rows), dtype=np.int64)
+    for numbers in (np.flatnonzero(is_text), np.flatnonzero(~is_text)):
+        if not len(numbers):
+            continue
+        order = list(range(len(numbers)))
+        random.Random(f"mismatched/{seed}").shuffle(order)
+        shuffled = numbers[np.array(order)]
+        _, first, group = np.unique(prompts[shuffled], return_index=True, return_inverse=True)
+        if len(first) == 1:
+            chat = (
+                "" if len(numbers) == len(rows) else " among those written as text or as messages alike (data.as_chat)"
+            )
+            raise DataError(
+                f"{rows[int(numbers[0])].where}: all {len(numbers)} rows{chat} have the same prompt, and the objective "
+                "needs completions of another one to compare with (mismatched); add rows with other prompts"
+            )
+        # A stable sort by nothing but the groups' first appearance keeps them side by side in shuffled order.
+        place = np.argsort(first[group], kind="stable")
+        lined_up, appearance = shuffled[place], first[group][place]
+        commonest, size = _commonest(appearance)
+        if 2 * size <= len(lined_up):
+            other[lined_up] = np.roll(lined_up, -size)
+            continue
+        largest, rest = lined_up[appearance == commonest], lined_up[appearance != commonest]
+        other[largest] = rest[np.arange(len(largest)) % len(rest)]
+        other[rest] = largest[np.arange(len(rest)) % len(largest)]
+    return other
 
 
-def prompt_key(prompt: Text) -> str:
-    """The same text for the same prompt, whatever the order of its messages' keys."""
-    return prompt if isinstance(prompt, str) else "\0" + json.dumps(prompt, sort_keys=True, ensure_ascii=False)
+def _commonest(values: np.ndarray) -> tuple[int, int]:
+    """The value that occurs most often, the smallest of several, and how often."""
+    found, counts = np.unique(values, return_counts=True)
+    most = int(np.argmax(counts))
+    return int(found[most]), int(counts[most])

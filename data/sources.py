@@ -9,9 +9,14 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
+import numpy as np
+
+from data.arranging import Conversion, convert_batch, renamed
 from data.errors import DataError
-from data.formats import COLUMNS, FORMATS, RowProblem, recognise, to_row
+from data.formats import COLUMNS, FORMATS, RowProblem, recognise
 from data.reading import read
+from data.rowstore import BATCH, RowStore, RowView
+from data.workers import Workers
 from objectives.registry import did_you_mean
 from objectives.rows import Row
 
@@ -68,17 +73,21 @@ class LoadedRows:
     """``Source.dataset_name``."""
     format: str
     """Name of the format that was recognised."""
-    rows: list[Row]
+    rows: Sequence[Row]
     problems: list[RowProblem]
     """Rows that can't be used, each with its reason. Together with ``rows`` they are all rows that were read."""
 
 
-def load_rows(source: Source, *, limit: int | None = None) -> LoadedRows:
+def load_rows(
+    source: Source, *, limit: int | None = None, store: RowStore | None = None, workers: Workers | None = None
+) -> LoadedRows:
     """Reads a source and converts it to rows.
 
     Args:
         source: the dataset and how to read it.
         limit: read only this many rows of the data, from the first; those with problems count.
+        store: takes the rows; else they are a list.
+        workers: convert the rows of a large dataset, where a store takes them.
     Raises:
         DataError: the dataset can't be read, is empty, fits no format, has no row without a problem, or is a stream
             without a limit.
@@ -90,14 +99,21 @@ def load_rows(source: Source, *, limit: int | None = None) -> LoadedRows:
     if not head:
         raise DataError(f"{source.dataset_name}: the dataset has no rows in split {source.split!r}; name one that has")
     _check_columns(source, head)
-    form = recognise([_renamed(raw, source.columns) for raw in head], where=source.dataset_name, name=source.format)
-    rows: list[Row] = []
-    problems: list[RowProblem] = []
-    for index, raw in enumerate(_renamed(raw, source.columns) for raw in chain(head, raws)):
-        result = to_row(
-            raw, form, source=source.dataset_name, index=index, as_chat=source.as_chat, attributes=source.attributes
-        )
-        (rows if isinstance(result, Row) else problems).append(result)  # type: ignore[arg-type]
+    form = recognise([renamed(raw, source.columns) for raw in head], where=source.dataset_name, name=source.format)
+    how = Conversion(
+        source=source.dataset_name,
+        format=form.name,
+        columns=dict(source.columns),
+        as_chat=source.as_chat,
+        attributes=tuple(source.attributes),
+    )
+    rows: Sequence[Row]
+    if store is None:
+        found = list(how.rows(0, chain(head, raws)))
+        rows = [row for row in found if isinstance(row, Row)]
+        problems = [row for row in found if not isinstance(row, Row)]
+    else:
+        rows, problems = _stored(how, chain(head, raws), store, workers or Workers(0))
     if not rows:
         raise DataError(
             f"{source.dataset_name}: none of {len(problems)} rows can be used as {form.name} ({form.expects}); "
@@ -106,13 +122,15 @@ def load_rows(source: Source, *, limit: int | None = None) -> LoadedRows:
     return LoadedRows(source=source.dataset_name, format=form.name, rows=rows, problems=problems)
 
 
-def _renamed(raw: Any, columns: Mapping[str, str]) -> Any:
-    """The row under our column names; a column of theirs that already has one of our names gives way."""
-    if not columns or not isinstance(raw, Mapping):
-        return raw
-    theirs = set(columns.values())
-    rest = {name: value for name, value in raw.items() if name not in theirs}
-    return rest | {ours: raw.get(name) for ours, name in columns.items()}
+def _stored(
+    how: Conversion, raws: Iterator[Any], store: RowStore, workers: Workers
+) -> tuple[RowView, list[RowProblem]]:
+    first, problems = len(store), list[RowProblem]()
+    batches = iter(lambda: list(islice(raws, BATCH)), [])
+    for packed, lost in workers.map(convert_batch, how, ((i * BATCH, batch) for i, batch in enumerate(batches))):
+        store.add(packed)
+        problems += lost
+    return RowView(store, np.arange(first, len(store))), problems
 
 
 def _check_columns(source: Source, head: Sequence[Any]) -> None:
@@ -134,18 +152,32 @@ def mix(loaded: Sequence[tuple[LoadedRows, float]], seed: int) -> list[Row]:
     Raises:
         DataError: a weight is not positive, or so small that no row is left.
     """
-    return [row for position, (part, weight) in enumerate(loaded) for row in _repeated(part, weight, seed, position)]
+    return [
+        part.rows[i]
+        for position, (part, weight) in enumerate(loaded)
+        for i in repeated(part.source, len(part.rows), weight, seed, position)
+    ]
 
 
-def _repeated(part: LoadedRows, weight: float, seed: int, position: int) -> Iterator[Row]:
-    _check_weight(part.source, weight)
+def repeated(source: str, rows: int, weight: float, seed: int, position: int) -> Iterator[int]:
+    """Which of a source's rows ``mix`` takes, by number.
+
+    Args:
+        source: its name, for messages.
+        rows: how many it has.
+        weight: how often each is taken.
+        seed: of what is drawn.
+        position: of the source among all.
+    Raises:
+        DataError: see ``mix``.
+    """
+    _check_weight(source, weight)
     copies = math.floor(weight)
-    extra = round((weight - copies) * len(part.rows))
-    if part.rows and copies == 0 and extra == 0:
-        raise DataError(f"{part.source}: weight {weight} of {len(part.rows)} rows leaves none; raise the weight")
-    drawn = random.Random(f"mix/{seed}/{position}").sample(range(len(part.rows)), extra)
-    order = chain(*[range(len(part.rows))] * copies, sorted(drawn))
-    return (part.rows[i] for i in order)
+    extra = round((weight - copies) * rows)
+    if rows and copies == 0 and extra == 0:
+        raise DataError(f"{source}: weight {weight} of {rows} rows leaves none; raise the weight")
+    drawn = random.Random(f"mix/{seed}/{position}").sample(range(rows), extra)
+    return chain(*[range(rows)] * copies, sorted(drawn))
 
 
 def _check_weight(name: str, weight: float) -> None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,9 @@ import xxhash
 
 from data.tokens import TokenRow
 
-FORMAT = 3
+PIECE = 2**22
+"""Numbers of an array that are read at a time."""
+FORMAT = 4
 """Raise when the meaning of stored arrays changes; older caches are then not found."""
 
 
@@ -29,13 +32,28 @@ def cache_dir() -> Path:
 
 
 def digest(*parts: object) -> str:
-    """A 128-bit content hash of JSON-able parts and bytes, in hex."""
+    """A 128-bit content hash of JSON-able parts, bytes and arrays (which count as their bytes), in hex."""
     state = xxhash.xxh3_128()
     for part in parts:
+        if isinstance(part, np.ndarray):
+            state.update(part.nbytes.to_bytes(8, "little"))
+            for piece in _pieces(part):
+                state.update(piece)
+            continue
         raw = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, ensure_ascii=False).encode()
         state.update(len(raw).to_bytes(8, "little"))
         state.update(raw)
     return state.hexdigest()
+
+
+def _pieces(array: np.ndarray) -> Iterator[memoryview]:
+    """The bytes of an array; of a mapped one without keeping in memory what was read."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    mapped = getattr(array, "_mmap", None)
+    for start in range(0, len(flat), PIECE):
+        yield flat[start : start + PIECE].data.cast("B")
+        if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +131,7 @@ class TokenTable:
 
     def fingerprint(self) -> str:
         """Content hash of all token ids, boundaries, scores and labels."""
-        return digest(*(part for name, ragged in self._arrays() for part in (name, ragged.tobytes())))
+        return digest(*(part for name, array in self._arrays() for part in (name, array)))
 
     def _arrays(self) -> list[tuple[str, np.ndarray]]:
         arrays = [("prompt.values", self.prompts.values), ("prompt.offsets", self.prompts.offsets)]

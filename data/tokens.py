@@ -6,18 +6,29 @@ and boundary that tokenisation moved is counted.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xxhash
 
 from data.chat import Rendered, render
+from data.codec import Codec
 from data.errors import DataError
+from data.rowstore import BATCH, RowView, rows_from
 from data.shapes import MISMATCHED
+from data.workers import Workers
 from objectives.rows import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Ids = tuple[list[int], dict[str, list[int]]]
+"""Token ids of a prompt, and by leg."""
 
 MIN_RESPONSE_ROOM = 16
 """A row that must be truncated is dropped if its prompt leaves fewer response tokens than this."""
@@ -79,6 +90,11 @@ class TokenStats:
     tail_removed: Counter[str] = field(default_factory=Counter)
     """Responses with something after their end token (a template's newline, a second end token), by leg."""
 
+    def add(self, more: TokenStats) -> None:
+        """Adds the counts of other rows."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(more, each.name))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenPolicy:
@@ -96,8 +112,10 @@ def tokenize_rows(
     tokenizer: PreTrainedTokenizerBase,
     policy: TokenPolicy,
     legs: Sequence[str],
-    batch: int = 1000,
+    batch: int | None = None,
     scores: Sequence[str] = (),
+    into: Callable[[TokenChunk], None] | None = None,
+    workers: Workers | None = None,
 ) -> tuple[list[TokenRow], list[Dropped], TokenStats]:
     """Tokenises the ``legs`` of every row.
 
@@ -106,14 +124,16 @@ def tokenize_rows(
         tokenizer: must have an end token.
         policy: length limit and what to do beyond it.
         legs: names of the responses to keep, in order.
-        batch: rows tokenised at a time.
+        batch: rows tokenised at a time; default: 1000.
         scores: names of the scores to keep.
+        into: takes the rows to train on, as arrays, a batch at a time; the list of them is then empty.
+        workers: tokenise the batches, where ``into`` takes them and the rows are many.
     Returns:
         Rows that can be trained on, rows that can't with their reasons, and counts of what was changed.
     Raises:
         DataError: a leg is missing, the tokenizer has no end token, or ``truncation="raise"`` met a long row.
     """
-    require_legs(rows, legs)
+    require_legs(rows.first_of_kinds() if isinstance(rows, RowView) else rows, legs)
     if tokenizer.eos_token_id is None:
         raise DataError(
             f"the tokenizer {tokenizer.name_or_path!r} has no end token, so responses could never end; "
@@ -122,15 +142,129 @@ def tokenize_rows(
     kept: list[TokenRow] = []
     dropped: list[Dropped] = []
     stats = TokenStats()
-    for start in range(0, len(rows), batch):
-        part = rows[start : start + batch]
-        rendered = [render(row, tokenizer) for row in part]
-        for row, text, ids in zip(part, rendered, _encode(rendered, legs, tokenizer), strict=True):
-            result = _finish(row, text.chat, ids, tokenizer, policy, stats)
-            if isinstance(result, TokenRow) and scores:
-                result = replace(result, scores={name: row.scores[name] for name in scores if name in row.scores})
-            (kept if isinstance(result, TokenRow) else dropped).append(result)  # type: ignore[arg-type]
+    how = Tokenisation(Codec(tokenizer), policy, tuple(legs), tuple(scores))
+    batch = batch or BATCH
+    starts = range(0, len(rows), batch)
+    if into is None:
+        for start in starts:
+            found, lost, counts = _tokenized(how, rows[start : start + batch])
+            kept += [_token_row(row, ids, how.scores) for row, ids in found]
+            dropped += lost
+            stats.add(counts)
+        return kept, dropped, stats
+    jobs = rows.sources(batch) if isinstance(rows, RowView) else (rows[start : start + batch] for start in starts)
+    for chunk in (workers or Workers(0)).map(tokenize_batch, how, jobs):
+        into(chunk)
+        dropped += chunk.dropped
+        stats.add(chunk.stats)
+    return [], dropped, stats
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenisation:
+    """What all batches share."""
+
+    codec: Codec
+    policy: TokenPolicy
+    legs: tuple[str, ...]
+    scores: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenChunk:
+    """Some rows as arrays, in order: what a worker gives back."""
+
+    ids: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    """``prompt`` and each leg: token ids end to end, int32, and how many each row has, int64."""
+    labels: np.ndarray
+    """1 and 0, and −1 without a label, (row,)."""
+    scores: Mapping[str, np.ndarray]
+    """Those that some row has, float32, NaN where a row has none."""
+    sources: Sequence[str]
+    groups: Sequence[str]
+    indices: np.ndarray
+    prompts: np.ndarray
+    """128 bits that say which rows have the same prompt tokens, (row, 2)."""
+    rows: np.ndarray
+    """128 bits that say which rows are the same, whatever their mismatched responses, (row, 2)."""
+    dropped: list[Dropped]
+    stats: TokenStats
+
+
+def tokenize_batch(how: Tokenisation, source: Any) -> TokenChunk:
+    """Tokenises rows that ``RowView.sources`` tell of, or a list of rows."""
+    found, dropped, stats = _tokenized(how, rows_from(source))
+    ids = {name: _flat([part[0] if name == "" else part[1][name] for _, part in found]) for name in ("", *how.legs)}
+    prompts, same = _hashes(ids, [row.label for row, _ in found])
+    names = dict.fromkeys(name for row, _ in found for name in how.scores if name in row.scores)
+    return TokenChunk(
+        ids={"prompt": ids.pop(""), **{f"leg.{name}": leg for name, leg in ids.items()}},
+        labels=np.array([-1 if row.label is None else row.label for row, _ in found], dtype=np.int8),
+        scores={
+            name: np.array([row.scores.get(name, math.nan) for row, _ in found], dtype=np.float32) for name in names
+        },
+        sources=[row.source for row, _ in found],
+        groups=[row.group for row, _ in found],
+        indices=np.array([row.index for row, _ in found], dtype=np.int64),
+        prompts=prompts,
+        rows=same,
+        dropped=dropped,
+        stats=stats,
+    )
+
+
+def _flat(sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    flat = list(chain.from_iterable(sequences))
+    return np.array(flat, dtype=np.int32), np.array([len(each) for each in sequences], dtype=np.int64)
+
+
+def _hashes(ids: Mapping[str, tuple[np.ndarray, np.ndarray]], labels: list[bool | None]) -> tuple[np.ndarray, ...]:
+    """What says whether prompts, and whether rows, are the same; a mismatched response is drawn for each row anew."""
+    views = [
+        (memoryview(values.tobytes()), [0, *(4 * lengths.cumsum()).tolist()])
+        for name, (values, lengths) in ids.items()
+        if name != MISMATCHED
+    ]
+    found: tuple[list[bytes], list[bytes]] = ([], [])
+    for i, label in enumerate(labels):
+        state = xxhash.xxh3_128()
+        for number, (view, ends) in enumerate(views):
+            state.update(view[ends[i] : ends[i + 1]])
+            if number == 0:
+                found[0].append(state.digest())
+            state.update(b"%d" % (ends[i + 1] - ends[i]))
+        state.update(str(label).encode())
+        found[1].append(state.digest())
+    return tuple(np.frombuffer(b"".join(each), dtype=np.uint64).reshape(-1, 2) for each in found)
+
+
+def _tokenized(how: Tokenisation, rows: Iterable[Row]) -> tuple[list[tuple[Row, Ids]], list[Dropped], TokenStats]:
+    """Token ids of the rows that can be trained on, the others, and counts."""
+    rows = list(rows)
+    rendered = [render(row, None if isinstance(row.prompt, str) else how.codec.tokenizer) for row in rows]
+    kept: list[tuple[Row, Ids]] = []
+    dropped: list[Dropped] = []
+    stats = TokenStats()
+    for row, text, ids in zip(rows, rendered, _encode(rendered, how.legs, how.codec), strict=True):
+        result = _finish(row, text.chat, ids, how.codec, how.policy, stats)
+        if isinstance(result, str):
+            dropped.append(Dropped(source=row.source, index=row.index, reason=result))
+        else:
+            kept.append((row, result))
     return kept, dropped, stats
+
+
+def _token_row(row: Row, ids: Ids, scores: Sequence[str]) -> TokenRow:
+    prompt, legs = ids
+    return TokenRow(
+        prompt=tuple(prompt),
+        legs={name: tuple(tokens) for name, tokens in legs.items()},
+        source=row.source,
+        index=row.index,
+        label=row.label,
+        scores={name: row.scores[name] for name in scores if name in row.scores},
+        group=row.group,
+    )
 
 
 def require_legs(rows: Iterable[Row], legs: Sequence[str]) -> None:
@@ -142,96 +276,69 @@ def require_legs(rows: Iterable[Row], legs: Sequence[str]) -> None:
                 raise DataError(f"{row.where}: the objective needs a {leg} response and this row has only {has}")
 
 
-def _encode(
-    rendered: Sequence[Rendered], legs: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[list[int], dict[str, list[int]]]]:
+def _encode(rendered: Sequence[Rendered], legs: Sequence[str], codec: Codec) -> list[Ids]:
     """Token ids of every prompt and of every prompt + response, special tokens as the text form asks for."""
-    texts = [text for row in rendered for text in (row.prompt, *(row.full[leg] for leg in legs))]
-    ids: list[list[int]] = []
-    width = 1 + len(legs)
+    streams = {}
     # Chat templates write their own special tokens; plain text gets the ones the tokenizer adds (BOS).
     for chat in (False, True):
-        chosen = [text for i, text in enumerate(texts) if rendered[i // width].chat is chat]
-        # Not verbose: what is longer than the context is cut or dropped later, so a warning of it would mislead.
-        encoded = tokenizer(chosen, add_special_tokens=not chat, verbose=False)["input_ids"] if chosen else []
-        ids.append(encoded)  # type: ignore[arg-type]
-    streams = {False: iter(ids[0]), True: iter(ids[1])}
-    result = []
-    for row in rendered:
-        prompt, *full = [list(next(streams[row.chat])) for _ in range(width)]  # type: ignore[arg-type]
-        result.append((prompt, dict(zip(legs, full, strict=True))))
-    return result
+        chosen = [
+            text for row in rendered if row.chat is chat for text in (row.prompt, *(row.full[leg] for leg in legs))
+        ]
+        streams[chat] = iter(codec.encode(chosen, special=not chat))
+    return [(next(streams[row.chat]), {leg: next(streams[row.chat]) for leg in legs}) for row in rendered]
 
 
-def _finish(
-    row: Row,
-    chat: bool,
-    ids: tuple[list[int], dict[str, list[int]]],
-    tokenizer: PreTrainedTokenizerBase,
-    policy: TokenPolicy,
-    stats: TokenStats,
-) -> TokenRow | Dropped:
+def _finish(row: Row, chat: bool, ids: Ids, codec: Codec, policy: TokenPolicy, stats: TokenStats) -> Ids | str:
+    """Prompt and responses as they are trained on, or the reason why the row is dropped."""
     prompt, full = ids
-    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    eos, bos = codec.eos, codec.bos
     # Text that was rendered elsewhere may begin with the token that the tokenizer puts there once more.
     twice = not chat and bos is not None and prompt[:2] == [bos, bos]
     if twice:
         prompt, full = prompt[1:], {name: tokens[1:] for name, tokens in full.items()}
-
-    def drop(reason: str) -> Dropped:
-        return Dropped(source=row.source, index=row.index, reason=reason)
-
     # All legs share one prompt: the boundary is the longest prefix common to the prompt and to every leg.
     boundary = min(_common_prefix(prompt, tokens) for tokens in full.values())
     if boundary == 0:
-        return drop("no prompt token is shared by all responses")
+        return "no prompt token is shared by all responses"
     # A tokenizer that closes every text with its end token closes the prompt alone with it too: that is no mismatch.
     closed = not chat and prompt[-1] == eos
     responses = {name: tokens[boundary:] for name, tokens in full.items()}
-    legs = {name: _terminate(tokens, chat, tokenizer) for name, tokens in responses.items()}
+    legs = {name: _terminate(tokens, chat, codec) for name, tokens in responses.items()}
     for name, tokens in legs.items():
         if not tokens or tokens == [eos]:
-            return drop(f"empty {name} response")
+            return f"empty {name} response"
         if not chat and eos in tokens[:-1]:
-            return drop(f"the {name} response contains the end token before its end")
+            return f"the {name} response contains the end token before its end"
     if len(legs) > 1 and legs.get("chosen") == legs.get("rejected") is not None:
-        return drop("chosen and rejected are the same tokens")
+        return "chosen and rejected are the same tokens"
     cut = _truncate(prompt[:boundary], legs, policy, row)
     if isinstance(cut, str):
-        return drop(cut)
+        return cut
     short_prompt, short_legs = cut
     if len(legs) > 1 and short_legs.get("chosen") == short_legs.get("rejected") is not None:
-        return drop("chosen and rejected are the same tokens after truncation")
+        return "chosen and rejected are the same tokens after truncation"
     stats.boundary_mismatches += boundary < len(prompt) - closed
     stats.bos_removed += twice
     _count_ends(responses, legs, stats)
     _count_cuts(boundary - len(short_prompt), legs, short_legs, stats)
-    return TokenRow(
-        prompt=tuple(short_prompt),
-        legs={name: tuple(tokens) for name, tokens in short_legs.items()},
-        source=row.source,
-        index=row.index,
-        label=row.label,
-        group=row.group,
-    )
+    return short_prompt, short_legs
 
 
-def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    for i, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return i
-    return min(len(first), len(second))
+def _common_prefix(first: list[int], second: list[int]) -> int:
+    length = min(len(first), len(second))
+    if first[:length] == second[:length]:  # nearly always, and faster than one by one
+        return length
+    return next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
 
 
-def _terminate(tokens: list[int], chat: bool, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _terminate(tokens: list[int], chat: bool, codec: Codec) -> list[int]:
     """Exactly one end token, as the last token."""
-    eos = tokenizer.eos_token_id
-    assert isinstance(eos, int)
+    eos: int = codec.eos
     end = len(tokens)
     if chat and eos in tokens:
         # Templates often write a newline after the end token; it would be trained on and never generated.
         last = len(tokens) - 1 - tokens[::-1].index(eos)
-        if not str(tokenizer.decode(tokens[last + 1 :])).strip():
+        if not codec.decode(tokens[last + 1 :]).strip():
             end = last + 1
     while end >= 2 and tokens[end - 1] == eos and tokens[end - 2] == eos:
         end -= 1

@@ -89,7 +89,7 @@ def rows_of(case: str) -> list[dict[str, Any]]:
 
 def _pairs(case: str) -> Iterator[dict[str, Any]]:
     if not (shared() / "data").is_dir():
-        yield from _made_up(case)
+        yield from made_up(case, 2000)
         return
     if case == "long":
         for row in _lines("alpaca_eval_scored"):
@@ -112,19 +112,20 @@ def _lines(name: str) -> Iterator[Any]:
         yield from map(json.loads, file)
 
 
-def _made_up(case: str) -> Iterator[dict[str, Any]]:
-    """Lengths in bytes like those of the real ones."""
+def made_up(case: str, number: int) -> Iterator[dict[str, Any]]:
+    """Random words, with lengths in bytes like those of the real ones."""
     rng = random.Random(0)
     ranges = {"hh": ((100, 900), (20, 350)), "long": ((60, 300), (400, 1900)), "turns": ((600, 1200), (20, 350))}
 
     def text(limits: tuple[int, int]) -> str:
-        length, parts = rng.randint(*limits), []
-        while sum(map(len, parts)) < length:
+        length, written, parts = rng.randint(*limits), 0, []
+        while written < length:
             parts.append(rng.choice(WORDS) + " ")
+            written += len(parts[-1])
         return "".join(parts)[:length].rstrip()
 
     of_prompt, of_response = ranges[case]
-    for i in range(2000):
+    for i in range(number):
         yield {
             "prompt": f"{i}: {text(of_prompt)}?", "chosen": f" {text(of_response)}.",
             "rejected": f" {text(of_response)}!", "reference": f" {text(of_response)};",
