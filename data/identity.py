@@ -42,7 +42,7 @@ def identity_of(spec: DataSpec) -> str | None:
             ],
             [len(spec.train), [_encoder(name) for name in _encoders(spec)]],
         )
-    except _Unknown:
+    except (_Unknown, OSError):  # what can't be read is told by reading it
         return None
 
 

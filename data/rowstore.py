@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, SupportsIndex, overload
 
 import numpy as np
 import xxhash
@@ -249,10 +249,10 @@ class RowView(Sequence[Row]):
         return len(self.numbers)
 
     @overload
-    def __getitem__(self, item: int) -> Row: ...
+    def __getitem__(self, item: SupportsIndex) -> Row: ...
     @overload
     def __getitem__(self, item: slice) -> RowView: ...
-    def __getitem__(self, item: int | slice) -> Row | RowView:
+    def __getitem__(self, item: SupportsIndex | slice) -> Row | RowView:
         if isinstance(item, slice):
             return RowView(self.store, self.numbers[item], None if self.partners is None else self.partners[item])
         place = range(len(self))[item]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from operator import index
 from pathlib import Path
-from typing import IO, Any, overload
+from typing import IO, Any, SupportsIndex, overload
 
 import numpy as np
 
@@ -31,13 +32,13 @@ class Where(Sequence[tuple[str, int]]):
         return len(self._indices)
 
     @overload
-    def __getitem__(self, item: int) -> tuple[str, int]: ...
+    def __getitem__(self, item: SupportsIndex) -> tuple[str, int]: ...
     @overload
     def __getitem__(self, item: slice) -> Where: ...
-    def __getitem__(self, item: int | slice) -> tuple[str, int] | Where:
+    def __getitem__(self, item: SupportsIndex | slice) -> tuple[str, int] | Where:
         if isinstance(item, slice):
             return Where(self._names, self._sources[item], self._indices[item])
-        return self._names[int(self._sources[item])], int(self._indices[item])
+        return self._names[int(self._sources[index(item)])], int(self._indices[index(item)])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(_same, self, other))
@@ -60,13 +61,13 @@ class Names(Sequence[str]):
         return len(self._numbers)
 
     @overload
-    def __getitem__(self, item: int) -> str: ...
+    def __getitem__(self, item: SupportsIndex) -> str: ...
     @overload
     def __getitem__(self, item: slice) -> Names: ...
-    def __getitem__(self, item: int | slice) -> str | Names:
+    def __getitem__(self, item: SupportsIndex | slice) -> str | Names:
         if isinstance(item, slice):
             return Names(self._names, self._numbers[item])
-        return self._names[int(self._numbers[item])]
+        return self._names[int(self._numbers[index(item)])]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(_same, self, other))
