@@ -10,7 +10,7 @@ from __future__ import annotations
 import resource
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import psutil
 import torch
 
 from align.forward import bind
+from align.logps import LOGITS_PER_CHUNK
 from align.model import add_adapter, compute_dtype, dense_attention
 from align.recipe import Recipe
 from align.segments import NAME
@@ -33,6 +34,7 @@ KEPT_BY_ALLOCATOR = 1.25
 freed blocks that the C library keeps, and what libraries work in."""
 STILL_TO_LOAD = 0.1 * 2**30
 """Bytes of libraries that training loads later."""
+TRACED_ROWS = 3
 SAMPLED_STEPS = 50
 """Steps of the plan that are looked at for what a step holds on average."""
 
@@ -147,13 +149,8 @@ def forecast(recipe: Recipe, config: Any, plan: Plan, table: TokenTable, steps: 
     dtype = compute_dtype(recipe.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = plan.costliest()
-    kind = plan.layout.kind
-    batch = pack(table, rows, share=True, kind=kind, counts=step_counts(table, rows))
     checkpointing = recipe.train.gradient_checkpointing
-    with without_random_numbers():
-        traced = trace(
-            config, batch, make=lambda each: _skeleton(recipe, each), dtype=dtype, checkpointing=checkpointing
-        )
+    traced = _of_rows(recipe, config, plan, table, rows, dtype)
     rates = measured(device, dtype)
     bins = [part for step in plan.epoch(0)[:SAMPLED_STEPS] for ranks in step for part in ranks if len(part)]
     some = min(plan.steps_per_epoch, SAMPLED_STEPS)
@@ -183,6 +180,35 @@ def forecast(recipe: Recipe, config: Any, plan: Plan, table: TokenTable, steps: 
         useful_flops=forward * (3 if full else 2) * useful / (positions * plan.world),
         reference=reference,
         world=plan.world,
+    )
+
+
+def _of_rows(
+    recipe: Recipe, config: Any, plan: Plan, table: TokenTable, rows: np.ndarray, dtype: torch.dtype
+) -> Traced:
+    """A microbatch of these rows: a few of them are traced, and the rest follows."""
+    some = rows[np.linspace(0, len(rows) - 1, min(len(rows), TRACED_ROWS)).astype(int)]
+    batch = pack(table, some, share=True, kind=plan.layout.kind, counts=step_counts(table, some))
+    with without_random_numbers():
+        traced = trace(
+            config,
+            batch,
+            make=lambda each: _skeleton(recipe, each),
+            dtype=dtype,
+            checkpointing=recipe.train.gradient_checkpointing,
+        )
+    ratio = plan.positions(rows) / plan.positions(some)
+    # Logits are there a chunk at a time: themselves, their slopes and what the softmax needs.
+    vocabulary = int(config.get_text_config().vocab_size)
+    tokens = [sum(float(leg.lengths()[each].sum()) for leg in table.legs.values()) for each in (some, rows)]
+    head, head_of_all = (3 * 4 * min(LOGITS_PER_CHUNK, number * vocabulary) for number in tokens)
+    kept = max(traced.peak - traced.trained_bytes - head, 0.0)
+    return replace(
+        traced,
+        forward_flops=traced.forward_flops * ratio,
+        total_flops=traced.total_flops * ratio,
+        moved=traced.moved * ratio,
+        peak=traced.trained_bytes + head_of_all + kept * ratio,
     )
 
 
@@ -245,7 +271,7 @@ def _available(device: torch.device) -> float:
     return float(psutil.virtual_memory().available + psutil.Process().memory_info().rss)
 
 
-def measured(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> Rates:
+def measured(device: torch.device, dtype: torch.dtype, seconds: float = 0.05) -> Rates:
     """Rates of a device: the best of a few large products and additions."""
     size = 1024 if device.type == "cpu" else 8192
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

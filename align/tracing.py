@@ -2,7 +2,7 @@
 
 The run's own forward is executed on tensors that have shapes and no contents, so that whatever the architecture does
 is counted as it will be done: arithmetic of matrix products and attention, bytes that all other operations read and
-write, and the most memory that is in use at any moment. Models are traced with two layers and with four, and the rest
+write, and the most memory that is in use at any moment. Models are traced with one layer and with two, and the rest
 follows, layers being alike.
 """
 
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from data.pack import PackedBatch
 
-FEW = (2, 4)
+FEW = (1, 2)
 """Layers that are traced; what a layer adds is known from both."""
 
 
@@ -53,20 +53,24 @@ class Traced:
 
 
 class _Watch(TorchDispatchMode):
-    """Follows every tensor that an operation makes until it is let go."""
+    """Counts every operation, and follows every tensor that one makes until it is let go."""
 
     def __init__(self, known: set[int]) -> None:
         super().__init__()
-        self.known, self.now, self.peak, self.moved = known, 0, 0, 0
+        self.known, self.now, self.peak, self.moved, self.flops = known, 0, 0, 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         made = [value for value in tree_leaves(out) if isinstance(value, Tensor)]
         fresh = [value for value in made if self._take(value)]
-        if fresh and not _is_product(func):
+        formula = ON_CPUS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
+        elif fresh:
             read = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
             self.moved += sum(value.nbytes for value in (*read, *made))
-        elif not fresh and func._schema.is_mutable:
+        elif func._schema.is_mutable:
             self.moved += 2 * sum(value.nbytes for value in made)
         return out
 
@@ -86,6 +90,24 @@ class _Watch(TorchDispatchMode):
         self.now -= size
 
 
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """Scores and their product with the values: (line, head, query, size) and the same with keys."""
+    lines, heads, queries, size = query.shape
+    return 2 * lines * heads * queries * key.shape[2] * (size + value.shape[3])
+
+
+def _attention_backward(slope: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """Scores again, and two products for each of the forward's."""
+    return _attention(query, key, value) * 5 // 2
+
+
+ON_CPUS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+"""What torch's registry leaves out."""
+
+
 def _onto_cpu(model: nn.Module) -> None:
     """Moves a model without contents to where its operations choose the kernels they will have; ties are kept."""
     moved: dict[int, Tensor] = {}
@@ -101,29 +123,6 @@ def _onto_cpu(model: nn.Module) -> None:
                 held[name] = moved[id(value)]  # type: ignore[assignment]
 
 
-def _attention(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: Any, **__: Any) -> int:
-    """Scores and their product with the values: (line, head, query, size) and the same with keys."""
-    lines, heads, queries, size = query
-    return 2 * lines * heads * queries * key[2] * (size + value[3])
-
-
-def _attention_backward(slope: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Scores again, and two products for each of the forward's."""
-    return _attention(query, key, value) * 5 // 2
-
-
-ON_CPUS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
-"""What torch's counter leaves out."""
-
-
-def _is_product(func: Any) -> bool:
-    name = func._schema.name
-    return any(part in name for part in ("mm", "scaled_dot_product", "convolution"))
-
-
 def trace(config: Any, batch: PackedBatch, *, make: Any, dtype: torch.dtype, checkpointing: bool) -> Traced:
     """Counts one microbatch.
 
@@ -137,8 +136,8 @@ def trace(config: Any, batch: PackedBatch, *, make: Any, dtype: torch.dtype, che
     text = config.get_text_config()
     layers = int(text.num_hidden_layers)
     low, high = (_traced(_with_layers(config, number), batch, make, dtype) for number in FEW)
-    each = (high + low * -1.0) * (1 / (FEW[1] - FEW[0]))
-    whole = low + each * (layers - FEW[0])
+    each = high + low * -1.0
+    whole = low + each * (layers - 1)
     if not checkpointing:
         return whole
     # Of every layer its input is kept, and in the backward pass one layer at a time is as if it alone were there.
@@ -147,7 +146,7 @@ def trace(config: Any, batch: PackedBatch, *, make: Any, dtype: torch.dtype, che
         whole,
         total_flops=whole.total_flops + layers * each.forward_flops,
         moved=whole.moved + layers * each.moved / 3,
-        peak=low.peak + each.peak * (1 - FEW[0]) + (layers - 1) * (each.trained_bytes + kept),
+        peak=low.peak + (layers - 1) * (each.trained_bytes + kept),
     )
 
 
@@ -163,31 +162,30 @@ def _with_layers(config: Any, number: int) -> Any:
 def _traced(config: Any, batch: PackedBatch, make: Any, dtype: torch.dtype) -> Traced:
     with torch.device("meta"):
         model: nn.Module = make(config)
+    low = dtype in (torch.bfloat16, torch.float16)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _onto_cpu(model)
         model.train()
-        known = {each.untyped_storage()._cdata for each in (*model.parameters(), *model.buffers())}
-        low = dtype in (torch.bfloat16, torch.float16)
-        with _Watch(known) as watch, FlopCounterMode(display=False, custom_mapping=ON_CPUS) as flops:
-            seen = []
-            for _ in range(2):  # in the second pass gradients are there already, as in most microbatches
-                with torch.autocast("cpu", dtype) if low else contextlib.nullcontext():
-                    found = model(packed=batch)
-                seen.append(flops.get_total_flops())
-                values = found["values"] if "values" in found else found["logps"]
-                values.sum().backward()
-                del found, values
-                seen += [flops.get_total_flops(), watch.moved]
         sizes = [(each.numel(), each.nbytes, each.requires_grad) for each in model.parameters()]
+        for each in model.parameters():  # gradients are there already, as in most microbatches
+            each.grad = torch.zeros_like(each) if each.requires_grad else None
+        grads = [each.grad for each in model.parameters() if each.grad is not None]
+        known = {each.untyped_storage()._cdata for each in (*model.parameters(), *model.buffers(), *grads)}
+        with _Watch(known) as watch:
+            with torch.autocast("cpu", dtype) if low else contextlib.nullcontext():
+                found = model(packed=batch)
+            forward = watch.flops
+            (found["values"] if "values" in found else found["logps"]).sum().backward()
+    trained = float(sum(size for _, size, grad in sizes if grad))
     return Traced(
-        forward_flops=float(seen[0]),
-        total_flops=float(seen[1]),
-        moved=float(seen[2]),
-        peak=float(watch.peak),
+        forward_flops=float(forward),
+        total_flops=float(watch.flops),
+        moved=float(watch.moved),
+        peak=watch.peak + trained,
         parameters=float(sum(number for number, _, _ in sizes)),
         trained=float(sum(number for number, _, grad in sizes if grad)),
         parameter_bytes=float(sum(size for _, size, _ in sizes)),
-        trained_bytes=float(sum(size for _, size, grad in sizes if grad)),
+        trained_bytes=trained,
     )
 
 

@@ -12,8 +12,10 @@ What is asked of whom follows from what an objective declares:
   labels           AUC of how much desirable and undesirable responses were raised is above 1/2
   one response     its log-prob per token rises
   reward models    accuracy rises, or the error falls
-and of some by name: RPO, DPOP, Cal-DPO and NCA keep chosen responses likelier than DPO at an equal margin; tokens that
-goldfish drops keep more of their loss; the margin of length-regularised objectives hangs less on length than DPO's.
+and of some by name: RPO, DPOP, Cal-DPO and NCA keep chosen responses likelier than DPO at an equal margin, from a
+policy that was fine-tuned on the chosen responses; tokens that goldfish drops keep more of their loss; under
+length-regularised objectives longer responses gain less margin than under DPO; reward-aware RPO nears differences of
+scores, and DFT raises the probability of tokens.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +44,7 @@ from objectives.stats import Estimate, mean_with_interval
 RECIPES = Path(__file__).parents[1] / "recipes"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "promises.md"
 STEPS, PROMPTS = 30, 48
+SCORED = "alpaca_eval_scored"
 LIKELIER = ("rpo", "dpop", "cal_dpo", "nca")
 SHORTER = ("r_dpo", "ld_dpo", "simpo", "dpo_norm")
 
@@ -60,6 +63,7 @@ class Trained:
     """Which prompt each row has."""
     lines: list[dict[str, float]]
     """Of metrics.jsonl."""
+    folder: Path
 
     @property
     def first(self) -> Sums:
@@ -139,7 +143,7 @@ def train(name: str, data: str, folder: Path, *more: str) -> Trained:
     if status or complaints:
         raise SystemExit(f"{name}: {said[-2000:] if status else complaints[0]}")
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-    return Trained(recipe, time.perf_counter() - started, seen, prompts[0], lines)
+    return Trained(recipe, time.perf_counter() - started, seen, prompts[0], lines, folder / name)
 
 
 # ---- what is asked ----
@@ -159,6 +163,10 @@ def promise(run: Trained) -> tuple[str, str, bool]:
             run.clustered(_wins(sums[f"value_chosen/{name}"], sums[f"value_rejected/{name}"])) for sums in (first, last)
         )
         return "accuracy rises", _both(before, after), after.value > before.value
+    if any(entry.name == "rpo_reward_aware" for entry in run.recipe.objectives):
+        # Its margins are to be as large as differences of scores, not as large as can be.
+        seen = [line["eval/loss"] for line in run.lines if "eval/loss" in line]
+        return "distance of margins from score differences falls", f"{seen[0]:.5f} → {seen[-1]:.5f}", seen[-1] < seen[0]
     if "policy_chosen" in last and "policy_rejected" in last:
         before, after = (run.clustered(_wins(sums["policy_chosen"], sums["policy_rejected"])) for sums in (first, last))
         if run.recipe.mixture.needs.legs and _per_token(run.recipe):
@@ -175,6 +183,10 @@ def promise(run: Trained) -> tuple[str, str, bool]:
     if "policy_completion" in last:
         auc = [line["eval/labels/auc"] for line in run.lines if "eval/labels/auc" in line]
         return "AUC of labels rises above 1/2", f"{auc[0]:.3f} → {auc[-1]:.3f}", auc[-1] > max(auc[0], 0.5)
+    if any(entry.name == "dft" for entry in run.recipe.token_weights):
+        # Which it learns in place of log-probs: what is all but impossible stays so.
+        seen = [line["dft/weight"] for line in run.lines if "dft/weight" in line]
+        return "mean probability of tokens rises", f"{seen[0]:.4f} → {seen[-1]:.4f}", seen[-1] > seen[0]
     leg = next(key for key in last if key.startswith("policy_")).removeprefix("policy_")
     before, after = (run.clustered(sums[f"policy_{leg}"] / sums[f"length_{leg}"]) for sums in (first, last))
     return f"log-prob of {leg} per token rises", _both(before, after), after.value > before.value
@@ -233,33 +245,47 @@ def length_slope(run: Trained) -> float:
     return float(np.corrcoef(moved, last["length_chosen"] - last["length_rejected"])[0, 1])
 
 
-def compared(runs: Mapping[str, Trained], folder: Path) -> list[str]:
-    """Rows of what is promised relative to DPO, and by goldfish."""
+def compared(names: Sequence[str], goldfish: Trained | None, submit: Callable[..., Future[Trained]]) -> list[str]:
+    """Rows of what is promised relative to DPO, and by goldfish.
+
+    Args:
+        names: recipes that are looked at.
+        goldfish: its run, if it is one of them.
+        submit: trains in another process, with the arguments of ``train``.
+    """
     rows: list[str] = []
-    for name in LIKELIER:
-        if name in runs and "dpo" in runs:
-            wanted = 0.9 * min(reached(runs["dpo"]), reached(runs[name]))
-            ours, theirs = chosen_at(runs[name], wanted), chosen_at(runs["dpo"], wanted)
-            numbers = f"{ours:+.2f} nats, dpo {theirs:+.2f}, at a margin of {wanted:.1f}"
+    wanted = [name for name in LIKELIER if name in names]
+    if wanted:
+        # From a policy that has learned the chosen responses, as is practice: there DPO lowers them.
+        started = submit("sft", SCORED, "--max_length=256", "--leg=chosen", "--max_steps=90").result()
+        start = f"--model_name_or_path={started.folder}"
+        tasks = {name: submit(name, SCORED, "--max_length=256", start, into="from-sft") for name in ("dpo", *wanted)}
+        plain = tasks["dpo"].result()
+        for name in wanted:
+            run = tasks[name].result()
+            at = 0.9 * min(reached(plain), reached(run))
+            own, theirs = chosen_at(run, at), chosen_at(plain, at)
+            numbers = f"{own:+.2f} nats, dpo {theirs:+.2f}, at a margin of {at:.1f}"
             rows.append(
-                _row(name, "chosen responses stay likelier than under dpo at equal margin", numbers, ours > theirs)
+                _row(name, "chosen responses stay likelier than under dpo at equal margin", numbers, own > theirs)
             )
-    if "goldfish" in runs:
-        lines = [line for line in runs["goldfish"].lines if "goldfish/loss_kept" in line]
+    if goldfish is not None:
+        lines = [line for line in goldfish.lines if "goldfish/loss_kept" in line]
         fell = {
             kind: lines[0][f"goldfish/loss_{kind}"] - lines[-1][f"goldfish/loss_{kind}"] for kind in ("kept", "dropped")
         }
         numbers = f"loss of dropped tokens falls by {fell['dropped']:.3f}, of kept ones by {fell['kept']:.3f}"
         rows.append(_row("goldfish", "dropped tokens keep more of their loss", numbers, fell["dropped"] < fell["kept"]))
-    if set(SHORTER) & set(runs):
+    wanted = [name for name in SHORTER if name in names]
+    if wanted:
         short = ("--truncation=drop", "--max_rows=400", "--max_length=160", "--format=auto")
-        plain = length_slope(train("dpo", "hh_harmless", folder, *short))
-        for name in SHORTER:
-            if name in runs:
-                more = ("--length_alpha=0.05",) if name == "r_dpo" else ()
-                own = length_slope(train(name, "hh_harmless", folder, *short, *more))
-                numbers = f"correlation {own:+.2f}, dpo {plain:+.2f}"
-                rows.append(_row(name, "margins hang less on length than dpo's", numbers, abs(own) < abs(plain)))
+        more = {"r_dpo": ("--length_alpha=0.05",)}
+        tasks = {name: submit(name, "hh_harmless", *short, *more.get(name, ()), into="hh") for name in ("dpo", *wanted)}
+        plain_slope = length_slope(tasks["dpo"].result())
+        for name in wanted:
+            own = length_slope(tasks[name].result())
+            numbers = f"correlation with the difference in length {own:+.2f}, dpo {plain_slope:+.2f}"
+            rows.append(_row(name, "longer responses gain less margin than under dpo", numbers, own < plain_slope))
     return rows
 
 
@@ -273,12 +299,16 @@ def report(names: Sequence[str], folder: Path) -> str:
     rows: list[str] = []
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes, one for each core
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        tasks = {name: pool.submit(train, name, "alpaca_eval_scored", folder, "--max_length=256") for name in names}
+
+        def submit(name: str, data: str, *more: str, into: str = "alone") -> Future[Trained]:
+            return pool.submit(train, name, data, folder / into, *more)
+
+        tasks = {name: submit(name, SCORED, "--max_length=256") for name in names}
         for name, task in tasks.items():
             runs[name] = task.result()
             rows.append(_row(name, *promise(runs[name])))
             print(f"{rows[-1]}  ({runs[name].seconds:.0f} s)", flush=True)
-    further = compared(runs, folder)
+        further = compared(names, runs.get("goldfish"), submit)
     print("\n".join(further), flush=True)
     about = (
         "Measured by `make promises`: thirty steps of every recipe on real prompts with stories260k, evaluated on the "
