@@ -81,3 +81,15 @@ def test_sft_is_what_its_definition_says(weighted: bool, seed: int, leg: str):
     weight = ragged(batch[leg].weight, batch[leg]) if weighted else None
     expected_loss, expected_grad = transcriptions.sft(ragged(batch[leg].logps, batch[leg]), weight)
     assert_transcribed(SFT(leg=leg), batch, expected_loss, {leg: expected_grad})
+
+
+@pytest.mark.parametrize(
+    ("per", "value", "slopes"),
+    [("token", 1.5, (-1 / 4, -1 / 4)), ("sequence", 2.0, (-1 / 6, -1 / 2)), ("row", 3.0, (-1 / 2, -1 / 2))],
+)
+def test_what_it_is_a_mean_of(per: str, value: float, slopes: tuple[float, float]):
+    """Rows of 0.5 + 1 + 1.5 and of 3 nats: 6/4 a token, (1 + 3)/2 over rows of means, (3 + 3)/2 over rows of sums."""
+    loss, grad = loss_and_grad(SFT(per=per), two_rows())
+    assert loss.item() == pytest.approx(value, rel=1e-15)
+    assert grad["gold"][0].tolist() == pytest.approx([slopes[0]] * 3, rel=1e-15)
+    assert grad["gold"][1, 0].item() == pytest.approx(slopes[1], rel=1e-15)
