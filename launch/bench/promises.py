@@ -321,7 +321,8 @@ def report(names: Sequence[str], folder: Path) -> str:
         "Measured by `make promises`: thirty steps of every recipe on real prompts with stories260k, evaluated on the "
         "rows trained on. Before → after, intervals 95 % over prompts, of one run each; learning rates are 5e-4 "
         "(reward-aware RPO: 2e-5), which suits this small model and not each objective's scale. **no** means what it "
-        "says. The rows of reward_augmented name the score that is wanted, which a model of 260 thousand weights can't read."
+        "says. The rows of reward_augmented name the score that is wanted, which a model of 260 thousand weights "
+        "can't read."
     )
     head = ["| recipe | promise | measured | kept |", "|---|---|---|---|"]
     lines = ["# Promises", "", about, "", *head, *rows, "", "## Beside DPO", "", *head, *further]
