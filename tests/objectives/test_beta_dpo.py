@@ -299,3 +299,13 @@ def test_identities_are_of_the_tokens_alone():
     moved = replace(batch, legs={name: replace(batch[name], logps=batch[name].logps * 2) for name in batch})
     assert torch.equal(objective.step_pass(moved)["identity"], identity)
     assert torch.equal(objective.step_pass(with_junk(batch, math.nan))["identity"], identity)
+
+
+def test_steps_are_counted_one_by_one():
+    """What is drawn depends on the step's number, which a checkpoint keeps."""
+    objective = BetaDPO()
+    batch = make_batch(objective, seed=1, rows=4)
+    state = objective.init_state()
+    for number in (1, 2, 3):
+        state = objective.update(state, objective.observe(batch))
+        assert state["steps"].item() == number
