@@ -58,6 +58,8 @@ FORMULAS = (
 )
 FORMULAS += ("observe", "update", "beta_of", "pair_of", "smoothed", "_output", "_weights", "_rho", "_strength", "tau")
 FORMULAS += ("bernoulli_kl", "row_losses", "median", "_moments", "_targets", "_policy_margin", "_rank", "_shift")
+LOGGED = ("further", "metrics", "found", "rewards", "factor", "errors")
+"""Names of what is only logged."""
 SWAPS = {"sum_logps": "mean_logps", "mean_logps": "sum_logps", "nll": "mean_nll", "mean_nll": "nll", "sum": "mean"}
 
 
@@ -111,7 +113,7 @@ def _formula_nodes(function: ast.FunctionDef) -> list[ast.AST]:
     for statement in function.body:
         if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
             continue  # its docstring
-        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) in ("further", "metrics", "found"):
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) in LOGGED:
             continue
         visit(statement)
     return found
@@ -123,7 +125,7 @@ def _changes(node: ast.AST) -> list[str]:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult | ast.Div):
         return ["swap * and /"]
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return ["drop the minus"]
+        return [] if isinstance(node.operand, ast.Constant) else ["drop the minus"]  # −1 is a dimension
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
         name = node.func.attr
         if name in SWAPS:
