@@ -32,7 +32,7 @@ from data.store import TokenTable
 KEPT_BY_ALLOCATOR = 1.25
 """How much more memory passes take on CPUs than they ask for, as measured with models of 16 and 135 million weights:
 freed blocks that the C library keeps, and what libraries work in."""
-STILL_TO_LOAD = 0.1 * 2**30
+STILL_TO_LOAD = 0.17 * 2**30
 """Bytes of libraries that training loads later."""
 TRACED_ROWS = 3
 SAMPLED_STEPS = 50
