@@ -164,7 +164,10 @@ def _choose_path(
     ways = _ways(recipe, inner.config)
     for way in ways:
         if way != inner.config.get_text_config()._attn_implementation:
-            inner.set_attn_implementation(way)
+            try:
+                inner.set_attn_implementation(way)
+            except ValueError:  # models that have no choice, such as those without attention
+                inner.set_attn_implementation("eager")
         try:
             share, check = checks.choose_path(model, table, dtype, device)
         except RunError as error:  # where a kernel can't be compiled, the model's own forward fails too

@@ -17,13 +17,16 @@ import numpy as np
 import psutil
 import torch
 
+from align.assemble import total_steps, train_plan
+from align.errors import RecipeError, RunError
 from align.forward import bind
 from align.logps import LOGITS_PER_CHUNK
-from align.model import add_adapter, compute_dtype, dense_attention
+from align.model import PACKING, add_adapter, attention, compute_dtype, dense_attention
 from align.recipe import Recipe
 from align.segments import NAME
 from align.tracing import Traced, trace, without_random_numbers
 from align.value_head import with_head
+from data.errors import DataError
 from data.loader import step_counts
 from data.pack import pack
 from data.plan import Plan
@@ -37,6 +40,10 @@ STILL_TO_LOAD = 0.17 * 2**30
 TRACED_ROWS = 3
 SAMPLED_STEPS = 50
 """Steps of the plan that are looked at for what a step holds on average."""
+
+
+class ForecastError(Exception):
+    """Nothing can be told beforehand for this model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,21 +143,46 @@ class Forecast:
         ], found
 
 
-def forecast(recipe: Recipe, config: Any, plan: Plan, table: TokenTable, steps: int) -> Forecast:
+def look_ahead(recipe: Recipe, config: Any, table: TokenTable) -> Forecast:
+    """A forecast with shared prompts, or with separate sequences where the model's layers can't share them.
+
+    Args:
+        recipe: the run's.
+        config: of the model.
+        table: training rows.
+    Raises:
+        ForecastError: the model's forward pass depends on numbers that are not there yet.
+    """
+    way = attention(recipe.model, config)
+    why: Exception | None = None
+    for share in (True, False):
+        plan = train_plan(recipe, table, share=share, pack=way in PACKING, blocks=way == "flex_attention")
+        try:
+            return forecast(recipe, config, plan, table, total_steps(recipe, plan.steps_per_epoch), share=share)
+        except (RecipeError, DataError, RunError):
+            raise
+        except Exception as error:  # a model's own code may fail in any way on tensors without contents
+            why = error
+    assert why is not None
+    raise ForecastError(f"{type(why).__name__}: {str(why).splitlines()[0] if str(why) else ''}") from why
+
+
+def forecast(recipe: Recipe, config: Any, plan: Plan, table: TokenTable, steps: int, *, share: bool = True) -> Forecast:
     """Looks ahead, before a weight is read.
 
     Args:
         recipe: the run's.
         config: of the model.
-        plan: with shared prompts, as the run will make it if the model allows.
+        plan: as the run will make it.
         table: training rows.
         steps: optimizer steps of the run.
+        share: whether responses share their prompt's positions.
     """
     dtype = compute_dtype(recipe.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = plan.costliest()
     checkpointing = recipe.train.gradient_checkpointing
-    traced = _of_rows(recipe, config, plan, table, rows, dtype)
+    traced = _of_rows(recipe, config, plan, table, rows, dtype, share=share)
     rates = measured(device, dtype)
     bins = [part for step in plan.epoch(0)[:SAMPLED_STEPS] for ranks in step for part in ranks if len(part)]
     some = min(plan.steps_per_epoch, SAMPLED_STEPS)
@@ -184,11 +216,11 @@ def forecast(recipe: Recipe, config: Any, plan: Plan, table: TokenTable, steps: 
 
 
 def _of_rows(
-    recipe: Recipe, config: Any, plan: Plan, table: TokenTable, rows: np.ndarray, dtype: torch.dtype
+    recipe: Recipe, config: Any, plan: Plan, table: TokenTable, rows: np.ndarray, dtype: torch.dtype, *, share: bool
 ) -> Traced:
     """A microbatch of these rows: a few of them are traced, and the rest follows."""
     some = rows[np.linspace(0, len(rows) - 1, min(len(rows), TRACED_ROWS)).astype(int)]
-    batch = pack(table, some, share=True, kind=plan.layout.kind, counts=step_counts(table, some))
+    batch = pack(table, some, share=share, kind=plan.layout.kind, counts=step_counts(table, some))
     with without_random_numbers():
         traced = trace(
             config,
@@ -227,7 +259,9 @@ def _skeleton(recipe: Recipe, config: Any) -> torch.nn.Module:
         config, attn_implementation=way, dtype=dtype, trust_remote_code=recipe.model.trust_remote_code
     )
     if recipe.lora is not None and recipe.lora.adapter_name_or_path is not None:
-        model = get_peft_model(model, PeftConfig.from_pretrained(recipe.lora.adapter_name_or_path))
+        adapter = PeftConfig.from_pretrained(recipe.lora.adapter_name_or_path)
+        adapter.inference_mode = False  # as it was saved; here it is trained on
+        model = get_peft_model(model, adapter)
     elif recipe.lora is not None:
         model = add_adapter(model, recipe.lora)
     bind(model)

@@ -169,7 +169,9 @@ def _router_loss(router_logits: tuple[Tensor, ...], batch: PackedBatch, config: 
                 lines = (batch.row_ids == number).any(1) & (batch.leg_ids == name).any(1)
                 member = (lines[:, None] & (batch.row_ids == number)).flatten()
             tokens = member.sum() * len(router_logits)
-            total = total + experts * (chosen[member].sum(0) / tokens * routed[member].sum(0) / tokens).sum()
+            # Multiplied, not selected: a shape that depends on the data would make a GPU wait for the host.
+            at = member[:, None]
+            total = total + experts * ((at * chosen).sum(0) / tokens * (at * routed).sum(0) / tokens).sum()
     return total
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -61,7 +62,11 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        # Experts' products have a shape rule for bfloat16 alone; here they are asked for in any type.
+        if func._overloadpacket is torch.ops.aten._grouped_mm:
+            out = _grouped_out(*args, **kwargs)
+        else:
+            out = func(*args, **kwargs)
         made = [value for value in tree_leaves(out) if isinstance(value, Tensor)]
         fresh = [value for value in made if self._take(value)]
         formula = ON_CPUS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
@@ -101,7 +106,24 @@ def _attention_backward(slope: Tensor, query: Tensor, key: Tensor, value: Tensor
     return _attention(query, key, value) * 5 // 2
 
 
+def _grouped_out(left: Tensor, right: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    """Products by group: (T, K) and (G, K, N) give (T, N); (K, T) and (T, N) give (G, K, N)."""
+    if left.dim() == 2 and right.dim() == 2:
+        assert offs is not None
+        return left.new_empty(len(offs), left.shape[0], right.shape[1])
+    if right.dim() == 2:
+        return left.new_empty(left.shape[1], right.shape[1])
+    return left.new_empty(*left.shape[:-1], right.shape[2])
+
+
+def _grouped(left: Tensor, right: Tensor, *_: Any, **__: Any) -> int:
+    """Every row of one operand meets one group of the other."""
+    rows, columns = left.shape[-2:]
+    return 2 * rows * columns * right.shape[-1] * (left.shape[0] if left.dim() == 3 == right.dim() else 1)
+
+
 ON_CPUS = {
+    torch.ops.aten._grouped_mm: _grouped,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
@@ -154,8 +176,10 @@ def _with_layers(config: Any, number: int) -> Any:
     changed = copy.deepcopy(config)
     text = changed.get_text_config()
     text.num_hidden_layers = number
-    if getattr(text, "layer_types", None):
-        text.layer_types = (list(text.layer_types) * number)[:number]
+    # Where the kinds of layers are worked out from their number they can't be set, and needn't be.
+    kinds = getattr(text, "layer_types", None)
+    if kinds and len(kinds) != number:
+        text.layer_types = (list(kinds) * number)[:number]
     return changed
 
 
@@ -163,6 +187,7 @@ def _traced(config: Any, batch: PackedBatch, make: Any, dtype: torch.dtype) -> T
     with torch.device("meta"):
         model: nn.Module = make(config)
     low = dtype in (torch.bfloat16, torch.float16)
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what fails is raised as well
     with FakeTensorMode(allow_non_fake_inputs=True):
         _onto_cpu(model)
         model.train()

@@ -115,7 +115,7 @@ def run(recipe: Recipe, command: str = "", measure: Measure | None = None, *, on
     from align import assemble, density, saving
     from align import model as models
     from align.build import build
-    from align.forecast import forecast, most_memory
+    from align.forecast import ForecastError, look_ahead, most_memory
     from data.preparation import prepare
     from data.store import cache_dir
     from evals import run_directory
@@ -143,13 +143,15 @@ def run(recipe: Recipe, command: str = "", measure: Measure | None = None, *, on
         prepared = prepare(spec, tokenizer)
     assemble.tell_data(prepared.report, say)
     models.check_vocabulary(recipe.model, config, *prepared.tables())
-    way = models.attention(recipe.model, config)
-    packs, blocks = way in models.PACKING, way == "flex_attention"
-    plan = assemble.train_plan(recipe, prepared.train.table, share=True, pack=packs, blocks=blocks)
     ahead = None
     if first:
-        ahead = forecast(recipe, config, plan, prepared.train.table, assemble.total_steps(recipe, plan.steps_per_epoch))
-        for line in ahead.lines():
+        try:
+            ahead = look_ahead(recipe, config, prepared.train.table)
+        except ForecastError as error:
+            if only_plan:
+                raise RunError(f"--plan: memory and speed of this model can't be told beforehand ({error})") from None
+            say(f"forecast: not possible for this model ({error})")
+        for line in ahead.lines() if ahead else []:
             say(line)
     if only_plan:
         return output_dir

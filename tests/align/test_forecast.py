@@ -12,16 +12,17 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel
 
 from align import model as models
 from align import train
-from align.forecast import Forecast, Rates
+from align.forecast import Forecast, Rates, look_ahead
 from align.forward import bind
+from align.recipe import read_recipe
 from align.segments import NAME
 from align.tracing import Traced, _traced, trace, without_random_numbers
 from data.pack import PackedBatch, pack
-from tests.align.tiny import random_table
+from tests.align.tiny import CONFIGS, mamba, random_table
 from tests.equivalence.runs import write_rows
 from tests.equivalence.worlds import WORDS, save_model
 
@@ -171,6 +172,76 @@ def test_plan_tells_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert "forecast: " in told
     assert "3 steps" in told
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["mamba", *CONFIGS])
+def test_every_architecture_is_told_beforehand(tmp_path: Path, name: str):
+    """Those without attention included: sequences are then separate, as they will be in training."""
+    config = (mamba if name == "mamba" else CONFIGS[name])()
+    config.vocab_size = 96
+    save_model(tmp_path / "model")
+    long_rows(tmp_path, 4)
+    recipe = read_recipe(None, words(tmp_path, "--rows_per_step=4"))
+    table = random_table(LEGS, rows=8)
+    ahead = look_ahead(recipe, config, table)
+    assert ahead.arithmetic > 0
+    assert ahead.memory["weights"] > 4 * 96 * 32
+    assert (ahead.padding == 0) == (name not in ("mamba", "gemma2-window-softcaps"))
+
+
+def test_experts_arithmetic_by_hand():
+    """Every token goes through two of four experts, each three products of 32 by 48, and the router."""
+    with_experts = CONFIGS["mixtral-experts"]()
+    dense = CONFIGS["mistral-window"]()
+    dense.sliding_window = None
+    batch = packed()
+    found, plain = (
+        trace(each, batch, make=full, dtype=torch.float32, checkpointing=False) for each in (with_experts, dense)
+    )
+    positions, layers = batch.input_ids.numel(), 4
+    one = 3 * 2 * 32 * 48
+    assert found.forward_flops - plain.forward_flops == layers * positions * (one + 2 * 32 * 4)
+
+
+def waits_for_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llamas whose forward pass depends on a number that it computes."""
+    plain = LlamaModel.forward
+
+    def forward(self: Any, *arguments: Any, **options: Any) -> Any:
+        found = plain(self, *arguments, **options)
+        assert found.last_hidden_state.sum().item() < float("inf")
+        return found
+
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+
+
+def test_a_model_that_cannot_be_traced_is_trained_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    save_model(tmp_path / "model")
+    long_rows(tmp_path, 8)
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+    waits_for_numbers(monkeypatch)
+    assert train.main(words(tmp_path, "--rows_per_step=4", "--plan")) == 2
+    assert "--plan: memory and speed of this model can't be told" in capsys.readouterr().err
+    assert train.main(words(tmp_path, "--rows_per_step=4", "--max_steps=1")) == 0
+    assert "forecast: not possible for this model (" in capsys.readouterr().out
+
+
+def test_a_model_without_attention_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    save_model(tmp_path / "model")
+    config = mamba()
+    config.vocab_size = 512
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    rows = [{"prompt": "a cat:", "chosen": f" sat{'.' * i}", "rejected": " ran."} for i in range(1, 5)]
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+    assert train.main(words(tmp_path, "--rows_per_step=2", "--max_steps=2")) == 0
+    told = capsys.readouterr().out
+    assert "verdict: " in told
+    assert "not possible for this model" not in told
 
 
 @pytest.mark.slow
