@@ -213,7 +213,7 @@ def training_arguments(recipe: Recipe, microbatches: int, *, evaluate: bool) -> 
     try:
         Trainer.get_optimizer_cls_and_kwargs(arguments)  # imports the optimizer's package
     except (ValueError, ImportError) as error:
-        raise RecipeError(f"train.optim {train.optim}: {_one_line(error)}; or use adamw_torch") from None
+        raise RecipeError(f"train.optim {train.optim}: {_one_line(error)}; or use adamw_torch_fused") from None
     return arguments
 
 

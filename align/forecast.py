@@ -20,7 +20,7 @@ import torch
 from align.assemble import total_steps, train_plan
 from align.errors import RecipeError, RunError
 from align.forward import bind
-from align.logps import LOGITS_PER_CHUNK
+from align.logps import positions_per_chunk
 from align.model import PACKING, add_adapter, attention, compute_dtype, dense_attention
 from align.recipe import Recipe
 from align.segments import NAME
@@ -230,10 +230,13 @@ def _of_rows(
             checkpointing=recipe.train.gradient_checkpointing,
         )
     ratio = plan.positions(rows) / plan.positions(some)
-    # Logits are there a chunk at a time: themselves, their slopes and what the softmax needs.
+    # Logits are there a chunk at a time; in low precision before and after the softmax as well.
     vocabulary = int(config.get_text_config().vocab_size)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    most = positions_per_chunk(vocabulary, device)
+    wide = 4 if dtype == torch.float32 else 8
     tokens = [sum(float(leg.lengths()[each].sum()) for leg in table.legs.values()) for each in (some, rows)]
-    head, head_of_all = (3 * 4 * min(LOGITS_PER_CHUNK, number * vocabulary) for number in tokens)
+    head, head_of_all = (wide * vocabulary * min(most, number) for number in tokens)
     kept = max(traced.peak - traced.trained_bytes - head, 0.0)
     return replace(
         traced,

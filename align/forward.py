@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from align.logps import PLAIN, Head, HeadExtras, HeadTransform, chunked_scores, head_parameters
+from align.head import HeadTransform
+from align.logps import PLAIN, Head, HeadExtras, chunked_scores, head_parameters
 from align.masks import masks_for
 from data.pack import PADDING, PROMPT, PackedBatch
 

@@ -5,14 +5,15 @@
 and, where an objective declares them, other functions of the same logits (log Σ p², KL to the reference, expectations
 over number tokens).
 
-Only the positions that predict a response token come here. They go through the head in chunks whose logits are
-recomputed in the backward pass, so memory is one chunk of logits, whatever the batch. ``f`` is what some models do
-beyond a matrix product: scale (Cohere, Granite) and soft-cap (Gemma-2).
+Only the positions that predict a response token come here. They go through the head in chunks, so memory is one chunk
+of logits, whatever the batch: log-probs and log Σ p² with a backward pass of their own (``align.head``), anything else
+by recomputing the chunk's logits. ``f`` is what some models do beyond a matrix product: scale (Cohere, Granite) and
+soft-cap (Gemma-2).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,31 +22,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from align.head import Chunks, HeadTransform, TargetScores
+
 LOGITS_PER_CHUNK = 2**24
 """Elements of one chunk's logits: 64 MiB in float32."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeadTransform:
-    """What a model does to its logits after the matrix product."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @staticmethod
-    def of(config: object) -> HeadTransform:
-        """Reads a transformers config: ``logit_scale``, ``logits_scaling``, ``final_logit_softcapping``."""
-        scale = float(getattr(config, "logit_scale", None) or 1.0)
-        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-        return HeadTransform(scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
-
-    def __call__(self, logits: Float[Tensor, "response vocab"]) -> Float[Tensor, "response vocab"]:
-        """Scales, then caps."""
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
+MORE_ON_GPUS = 8
+"""Times as many there: every chunk reads the whole head, and that must be little beside what is computed with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +39,7 @@ class Head:
     weight: Float[Tensor, "vocab hidden"] | None = None
     """The head's effective weight; used functionally, so that sharded engines gather it once."""
     bias: Float[Tensor, " vocab"] | None = None
-    transform: HeadTransform = HeadTransform()
+    transform: HeadTransform = field(default_factory=HeadTransform)
 
     @property
     def vocabulary(self) -> int:
@@ -136,7 +118,11 @@ def chunked_scores(
         extras: what else is wanted.
         chunk: positions per chunk; by default as many as keep a chunk's logits at ``LOGITS_PER_CHUNK`` elements.
     """
-    size = chunk or max(1, LOGITS_PER_CHUNK // head.vocabulary)
+    size = chunk or positions_per_chunk(head.vocabulary, head.states.device)
+    if head.weight is not None and set(extras.names) <= {"log_sum_p2"}:
+        chunks = Chunks(size=size, transform=head.transform, squares=bool(extras.names))
+        logps, squares = TargetScores.apply(head.states, head.weight, head.bias, targets, chunks)  # type: ignore[misc]
+        return {"logps": logps} | ({} if squares is None else {"log_sum_p2": squares})
     reference = extras.reference
 
     def score(states: Tensor, weight: Tensor | None, bias: Tensor | None, ids: Tensor, start: int) -> Any:
@@ -157,6 +143,12 @@ def chunked_scores(
             parts.append(score(*inputs))
     names = ("logps", *extras.names)
     return {name: torch.cat([part[i] for part in parts]) for i, name in enumerate(names)}
+
+
+def positions_per_chunk(vocabulary: int, device: torch.device) -> int:
+    """Positions whose logits are there at a time."""
+    most = LOGITS_PER_CHUNK * (MORE_ON_GPUS if device.type == "cuda" else 1)
+    return max(1, most // vocabulary)
 
 
 def head_parameters(head: nn.Module) -> tuple[Tensor, Tensor | None]:

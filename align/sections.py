@@ -181,7 +181,7 @@ class TrainSection:
     """Any name transformers knows: linear, cosine, constant, constant_with_warmup, …"""
     warmup_steps: float = 0
     """Steps over which the learning rate rises from 0; below 1 it is a share of all steps."""
-    optim: str = "adamw_torch"
+    optim: str = "adamw_torch_fused"
     """Any name transformers knows."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay, ≥ 0."""

@@ -1,8 +1,9 @@
 """Attention over a packed line, segment by segment: nothing is padded and no score is computed to be masked out.
 
-A line holds prompts and responses one after the other. Each prompt attends to itself, each response to its prompt and
-itself, in a call of its own to PyTorch's fused attention: work and memory are those of the sequences, whatever else
-stands in the line. On GPUs FlexAttention does the same in one kernel; this is for CPUs, where it can't be trained with.
+A line holds prompts and responses one after the other, without gaps. Each prompt attends to itself, each response to
+its prompt and itself, in a call of its own to PyTorch's fused attention: work and memory are those of the sequences,
+whatever else stands in the line. On GPUs FlexAttention does the same in one kernel; this is for CPUs, where it can't be
+trained with.
 
 The function is registered with transformers under ``NAME``. Given anything but segments it is plain SDPA, so that
 generation and the model's own forward do not notice.
@@ -74,12 +75,15 @@ def segment_attention(
     outputs = []
     found = getattr(attention_mask, "segments", None) or attention_mask[0, 0].tolist()
     masks: dict[Any, Tensor] = getattr(attention_mask, "masks", {})
-    for start, end, first, last, window in found:
-        own = slice(start, end)
-        keys, values = key[:, :, own], value[:, :, own]
-        if last > first:
-            keys, values = (torch.cat([each[:, :, first:last], each[:, :, own]], dim=2) for each in (key, value))
+    # Split once, not cut out one by one: the backward pass then puts the parts together in one go.
+    lengths = [end - start for start, end, *_ in found]
+    parts = [each.split(lengths, dim=2) for each in (query, key, value)]
+    at = {start: i for i, (start, *_) in enumerate(found)}
+    for i, (start, end, first, last, window) in enumerate(found):
+        queries, keys, values = (part[i] for part in parts)
         seen = last - first
+        if seen:
+            keys, values = (torch.cat([part[at[first]], part[i]], dim=2) for part in parts[1:])
         mask = None
         if seen or 0 < window < end - start:
             kind = (seen, end - start, window, query.dtype, query.device)
@@ -88,7 +92,9 @@ def segment_attention(
             mask = masks[kind]
         outputs.append(
             scaled_dot_product_attention(
-                *(query[:, :, own], keys, values),
+                queries,
+                keys,
+                values,
                 attn_mask=mask,
                 dropout_p=dropout,
                 is_causal=mask is None and end - start > 1,

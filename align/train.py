@@ -9,6 +9,7 @@ Cheap things come first: a wrong key, file, row or checkpoint stops the run befo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -91,6 +92,28 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
+def keep_freed_memory() -> None:
+    """Lets this process keep what it frees, where glibc would give large blocks back and get them again, empty.
+
+    The kernel clears every page that it hands out: in training on CPUs that was a sixth of the time. Peaks stay as they
+    are, since what was freed is used first.
+    """
+    import ctypes
+
+    import torch
+
+    if torch.cuda.is_available() or not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        change = ctypes.CDLL("libc.so.6").mallopt
+        for option, value in MALLOC_OPTIONS:
+            change(option, value)
+
+
+MALLOC_OPTIONS = ((-4, 0), (-1, 2**31 - 1), (-2, 2**26))
+"""Of glibc's ``malloc.h``: M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD; no block is mapped by itself."""
+
+
 def run(recipe: Recipe, command: str = "", measure: Measure | None = None, *, only_plan: bool = False) -> Path:
     """Trains as the recipe says.
 
@@ -110,6 +133,7 @@ def run(recipe: Recipe, command: str = "", measure: Measure | None = None, *, on
     for line in recipe.idle:
         say(f"note: {line}")
     quiet_libraries()
+    keep_freed_memory()
 
     # Imported here, so that a misspelt key is answered at once.
     from align import assemble, density, saving

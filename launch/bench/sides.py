@@ -52,6 +52,7 @@ def ours(options: argparse.Namespace, clock: Clock) -> list[float]:
     from align.build import build
     from align.model import load_config, load_tokenizer, max_length
     from align.recipe import read_recipe
+    from align.train import keep_freed_memory
     from data.preparation import prepare
 
     output = options.folder / "ours"
@@ -67,6 +68,7 @@ def ours(options: argparse.Namespace, clock: Clock) -> list[float]:
     words = [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}" for key, value in keys.items()]
     if options.whole:
         return _whole(words, output, clock)
+    keep_freed_memory()  # as in any run
     recipe = read_recipe(None, words)
     output.mkdir(parents=True)
     config, tokenizer = load_config(recipe.model), load_tokenizer(recipe.model)
