@@ -37,6 +37,7 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m launch.bench.vs_trl --table docs/performance.json
+	$(BIN)/python -m launch.bench.performance_page
 
 bench_preparation: $(READY)
 	$(BIN)/python -m launch.bench.preparation

@@ -14,9 +14,11 @@ nothing is printed. Quote medians: machines are noisy. ``make bench`` runs what 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import itertools
 import json
 import os
+import platform
 import shutil
 import statistics
 import subprocess
@@ -54,18 +56,21 @@ class Setup:
 
 
 TABLE = (
-    Setup(case="hh", shape="135m", rounds=3),
-    Setup(case="long", shape="135m", steps=4),
-    Setup(case="turns", shape="135m", steps=4),
-    Setup(case="hh", shape="135m", lora=True),
-    Setup(case="tpo", shape="135m", steps=4),
-    Setup(case="unpaired", shape="135m"),
-    Setup(case="hh", shape="stories260k", steps=12),
-    Setup(case="hh", whole=True, steps=26, rounds=3),
+    Setup(case="hh", shape="135m", steps=4, batch=4),
+    Setup(case="hh", steps=5),
+    Setup(case="long", steps=5),
+    Setup(case="tpo", steps=5),
+    Setup(case="hh", whole=True, steps=26),
     Setup(case="long", whole=True, steps=26),
+    Setup(case="turns", steps=5),
+    Setup(case="unpaired", steps=5),
+    Setup(case="hh", lora=True, steps=5),
     Setup(case="tpo", whole=True, steps=26),
+    Setup(case="hh", shape="stories260k", steps=12),
+    Setup(case="long", shape="135m", steps=4, batch=4),
+    Setup(case="hh", shape="135m", lora=True, steps=4, batch=4),
 )
-"""What ``make bench`` measures."""
+"""What ``make bench`` measures, the most telling first."""
 
 
 def measure(folder: Path, name: str, setup: Setup, micro: int = 0) -> dict[str, Any]:
@@ -187,8 +192,18 @@ def main() -> None:
     for setup in TABLE if table else (Setup(**options),):
         results.append(compare(setup))
         print(told(results[-1]), flush=True)
-        if table:
-            table.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        if table:  # after each, so that a run that is cut off leaves what it has
+            table.write_text(json.dumps(about_here() | {"results": results}, indent=1) + "\n", encoding="utf-8")
+
+
+def about_here() -> dict[str, str]:
+    """Machine, versions and date, as the page tells them."""
+    names = ("torch", "transformers", "trl")
+    return {
+        "machine": f"{os.cpu_count()} cores of a {platform.machine()} machine",
+        "versions": ", ".join(f"{name} {importlib.metadata.version(name).partition('+')[0]}" for name in names),
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 if __name__ == "__main__":

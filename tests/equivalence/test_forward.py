@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from align import logps
+from align.assemble import BLOCK
 from align.checks import choose_path
 from align.forward import bind, causal_lm, dense, router_weight
 from align.model import dense_attention
@@ -188,6 +189,36 @@ def test_flex_attention_masks_say_the_same_as_dense_ones(kind):
             model.set_attn_implementation("flex_attention")
             block_masks = model(packed=batch)["logps"]
         torch.testing.assert_close(block_masks, dense_masks, rtol=1e-4, atol=1e-4)  # float32, another kernel
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it traces its own code
+def test_flex_attention_is_compiled_for_two_lengths_and_then_for_all(monkeypatch):
+    """Once for the first length, once for any; every microbatch has another. What is compiled can be seen on a CPU."""
+    from torch._dynamo.utils import counters
+    from transformers.integrations.flex_attention import WrappedFlexAttention
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compile_(function, backend="eager"))
+    monkeypatch.setattr(WrappedFlexAttention, "_instance", None)
+    torch._dynamo.reset()
+    table, model = random_table(LEGS, rows=40, seed=3), model_of(CONFIGS["llama"](), torch.float32)
+    widths, graphs = [], []
+    for rows in (3, 9, 20, 14, 30, 40):
+        batch = pack(table, range(rows), share=True, kind="pack", counts={}, multiple=BLOCK)
+        counters.clear()
+        with torch.no_grad():
+            model.set_attn_implementation("sdpa")
+            dense_masks = model(packed=batch)["logps"]
+            model.set_attn_implementation("flex_attention")
+            block_masks = model(packed=batch)["logps"]
+        torch.testing.assert_close(block_masks, dense_masks, rtol=1e-4, atol=1e-4)
+        widths.append(batch.input_ids.shape[1])
+        graphs.append(counters["stats"]["unique_graphs"])
+    torch._dynamo.reset()
+    assert len(set(widths)) == 6
+    assert graphs[0] > 0
+    assert graphs[2:] == [0, 0, 0, 0]
 
 
 def test_start_up_chooses_shared_prompts_where_they_are_exact():

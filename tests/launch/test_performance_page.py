@@ -1,0 +1,63 @@
+"""The page on speed: what it says is what was measured, and what was written by hand stays."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from xml.etree import ElementTree
+
+from launch.bench import performance_page
+from launch.bench.vs_trl import Setup
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def side(rate: float, memory: float) -> dict[str, object]:
+    return {
+        "rows_per_second": [rate, 0.9 * rate, 1.2 * rate],
+        "useful_tokens_per_second": 100 * rate,
+        "padding": 0.25,
+        "peak_mib": memory,
+        "first_step": 12.0,
+    }
+
+
+def found() -> dict[str, object]:
+    sides = {"ours": side(6.0, 1000), "trl": side(1.0, 3000), "trl-best": side(2.0, 2500)}
+    setups = [asdict(Setup(case="hh", whole=whole)) for whole in (False, True)]
+    results = [{"setup": setup, "micro": 2, "sides": sides} for setup in setups]
+    return {"machine": "m", "versions": "v", "date": "d", "results": results}
+
+
+def test_tables_plots_and_what_stands_around_them(tmp_path: Path):
+    (tmp_path / "performance.json").write_text(json.dumps(found()))
+    marks = performance_page.MARKS
+    (tmp_path / "performance.md").write_text(f"before\n{marks[0]}\nold\n{marks[1]}\nafter\n")
+    performance_page.write(tmp_path)
+    text = (tmp_path / "performance.md").read_text()
+    assert text.startswith("before\n")
+    assert text.endswith(f"{marks[1]}\nafter\n")
+    assert "old\n" not in text
+    assert (
+        "| TRL at its best (2 rows at a time) | 2.00 [1.80, 2.40] | 200 | 25.0% | 2,500 MiB | 12 s | 3.0 times |"
+        in text
+    )
+    assert "| TRL at its defaults | 1.00 [0.90, 1.20] | 100 | 25.0% | 3,000 MiB | 12 s | 6.0 times |" in text
+    for name in re.findall(r"plots/(\w+\.svg)", text):
+        drawn = ElementTree.parse(tmp_path / "plots" / name).iter("{http://www.w3.org/2000/svg}rect")
+        assert len(list(drawn)) == 3 + 3  # legend and bars
+    steps = ElementTree.parse(tmp_path / "plots" / "steps.svg")
+    ours, best, defaults = [float(each.attrib["width"]) for each in steps.iter("{http://www.w3.org/2000/svg}rect")][3:]
+    assert round(ours / defaults, 1) == 6
+    assert round(best / defaults, 1) == 2
+
+
+def test_the_page_is_up_to_date(tmp_path: Path):
+    for name in ("performance.json", "performance.md"):
+        (tmp_path / name).write_text((DOCS / name).read_text(encoding="utf-8"), encoding="utf-8")
+    performance_page.write(tmp_path)
+    assert (tmp_path / "performance.md").read_text() == (DOCS / "performance.md").read_text(), "run performance_page"
+    for drawing in (tmp_path / "plots").iterdir():
+        assert drawing.read_text() == (DOCS / "plots" / drawing.name).read_text(), drawing.name
