@@ -2,7 +2,8 @@
 
 Memory and arithmetic come from tracing the run's own forward and backward pass (``align.tracing``), the machine's rates
 from measuring them for a moment. A step is expected to take as long as its matrix products at the rate of a large one,
-plus as long as all other operations need to move their bytes: on one device they take turns.
+plus as long as all other operations need to move their bytes, plus what starting each of them costs: on one device they
+take turns.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class Rates:
     """Floating-point operations per second of a large matrix product."""
     bandwidth: float
     """Bytes per second read or written by a large addition."""
+    start: float
+    """Seconds that an operation takes which has next to nothing to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +80,8 @@ class Forecast:
     """Seconds of a step's matrix products, those that are computed again included."""
     moving: float
     """Seconds of a step's other operations."""
+    starting: float
+    """Seconds it takes to start a step's operations, one after the other."""
     useful_flops: float
     """Operations of a step that the result needs: nothing computed twice, no padding. Of this process."""
     reference: float
@@ -91,7 +96,7 @@ class Forecast:
     @property
     def step(self) -> float:
         """Seconds an average step is expected to take."""
-        return self.arithmetic + self.moving
+        return self.arithmetic + self.moving + self.starting
 
     def lines(self) -> list[str]:
         """What to say before the start."""
@@ -123,8 +128,14 @@ class Forecast:
         """
         step = statistics.median(seconds)
         mfu = self.useful_flops / step / self.rates.flops
-        shares = {"arithmetic": self.arithmetic / step, "memory traffic": self.moving / step}
-        shares["the rest (Python, small operations, waiting)"] = max(1 - sum(shares.values()), 0.0)
+        shares = {
+            "arithmetic": self.arithmetic / step,
+            "memory traffic": self.moving / step,
+            "starting operations": self.starting / step,
+        }
+        over = max(sum(shares.values()), 1.0)  # where it went faster than expected
+        shares = {name: share / over for name, share in shares.items()}
+        shares["the rest (Python, waiting)"] = 1 - sum(shares.values())
         limit = max(shares, key=lambda name: shares[name])
         told = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
         found = {
@@ -195,6 +206,7 @@ def forecast(recipe: Recipe, config: Any, plan: Plan, table: TokenTable, steps: 
     reference = 0.0
     if recipe.needs_reference and not live:
         of_step = forward / rates.flops + traced.moved * scale / 3 / rates.bandwidth
+        of_step += traced.calls / 3 * plan.microbatches * rates.start
         reference = len(table) / recipe.train.rows_per_step * of_step
     return Forecast(
         memory=_memory(recipe, traced, device),
@@ -209,6 +221,7 @@ def forecast(recipe: Recipe, config: Any, plan: Plan, table: TokenTable, steps: 
         arithmetic=(traced.total_flops * scale + live * forward) / rates.flops,
         # The optimizer reads gradient, weight and two moments, and writes the latter three; clipping reads gradients.
         moving=(traced.moved * scale * (4 / 3 if live else 1) + 8 * 4 * traced.trained) / rates.bandwidth,
+        starting=traced.calls * plan.microbatches * (4 / 3 if live else 1) * rates.start,
         useful_flops=forward * (3 if full else 2) * useful / (positions * plan.world),
         reference=reference,
         world=plan.world,
@@ -315,7 +328,21 @@ def measured(device: torch.device, dtype: torch.dtype, seconds: float = 0.05) ->
     product = _best(lambda: left @ right, device, seconds)
     numbers = torch.zeros(2**24 if device.type == "cpu" else 2**28, device=device)
     addition = _best(lambda: numbers.add_(1.0), device, seconds)
-    return Rates(flops=2 * size**3 / product, bandwidth=2 * numbers.nbytes / addition)
+    few = torch.zeros(64, device=device, requires_grad=True)
+    chain = _best(lambda: _many(few).backward(), device, seconds)
+    return Rates(
+        flops=2 * size**3 / product, bandwidth=2 * numbers.nbytes / addition, start=chain / (2 * SMALL_OPERATIONS)
+    )
+
+
+SMALL_OPERATIONS = 200
+"""Of a pass whose time is divided by their number."""
+
+
+def _many(few: torch.Tensor) -> torch.Tensor:
+    for _ in range(SMALL_OPERATIONS):
+        few = few * 1.0
+    return few.sum()
 
 
 def _best(work: Any, device: torch.device, seconds: float) -> float:

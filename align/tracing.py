@@ -39,6 +39,8 @@ class Traced:
     """With the backward pass, and what it computes again."""
     moved: float
     """Bytes that operations other than matrix products and attention read and write, both passes."""
+    calls: float
+    """Operations started, both passes."""
     peak: float
     """Most bytes in use at once beside the weights, gradients included."""
     parameters: float
@@ -58,10 +60,11 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, known: set[int]) -> None:
         super().__init__()
-        self.known, self.now, self.peak, self.moved, self.flops = known, 0, 0, 0, 0
+        self.known, self.now, self.peak, self.moved, self.flops, self.calls = known, 0, 0, 0, 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.calls += 1
         # Experts' products have a shape rule for bfloat16 alone; here they are asked for in any type.
         if func._overloadpacket is torch.ops.aten._grouped_mm:
             out = _grouped_out(*args, **kwargs)
@@ -168,6 +171,7 @@ def trace(config: Any, batch: PackedBatch, *, make: Any, dtype: torch.dtype, che
         whole,
         total_flops=whole.total_flops + layers * each.forward_flops,
         moved=whole.moved + layers * each.moved / 3,
+        calls=whole.calls + layers * each.calls / 3,
         peak=low.peak + (layers - 1) * (each.trained_bytes + kept),
     )
 
@@ -206,6 +210,7 @@ def _traced(config: Any, batch: PackedBatch, make: Any, dtype: torch.dtype) -> T
         forward_flops=float(forward),
         total_flops=float(watch.flops),
         moved=float(watch.moved),
+        calls=float(watch.calls),
         peak=watch.peak + trained,
         parameters=float(sum(number for number, _, _ in sizes)),
         trained=float(sum(number for number, _, grad in sizes if grad)),

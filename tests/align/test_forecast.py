@@ -104,7 +104,7 @@ def test_looking_ahead_draws_no_random_numbers():
 AHEAD = Forecast(
     memory={"program": 1e9, "weights": 2e9},
     available=4e9,
-    rates=Rates(flops=1e12, bandwidth=1e10),
+    rates=Rates(flops=1e12, bandwidth=1e10, start=1e-5),
     microbatches=2,
     token_budget=1000,
     checkpointing=False,
@@ -112,7 +112,8 @@ AHEAD = Forecast(
     useful_per_step=1500.0,
     padding=0.25,
     arithmetic=3.0,
-    moving=1.0,
+    moving=0.75,
+    starting=0.25,
     useful_flops=2e12,
     reference=7.0,
     world=1,
@@ -120,7 +121,10 @@ AHEAD = Forecast(
 
 
 def test_words_and_shares_by_hand():
-    """A step of 5 seconds: 3 of arithmetic, 1 of memory traffic; 2 of the 5 · 10¹² operations possible were useful."""
+    """A step of 5 seconds: 3 of arithmetic, 0.75 of memory traffic, 0.25 of starting operations.
+
+    2 of the 5 · 10¹² operations possible were useful.
+    """
     told = " ".join(AHEAD.lines())
     for part in (
         "2.79 GiB at most of 3.73",
@@ -135,7 +139,7 @@ def test_words_and_shares_by_hand():
     lines, found = AHEAD.verdict([9.0, 5.0, 4.0], peak=3.3e9)
     assert found["mfu"] == pytest.approx(0.4)
     assert found["useful_tokens_per_second"] == 300
-    assert list(found["shares"].values()) == pytest.approx([0.6, 0.2, 0.2])
+    assert list(found["shares"].values()) == pytest.approx([0.6, 0.15, 0.05, 0.2])
     assert "limited by arithmetic" in lines[1]
 
 

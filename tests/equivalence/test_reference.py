@@ -17,11 +17,13 @@ from align.reference import ReferenceKey, find_cached
 from align.train import main
 from data.store import Ragged, TokenTable
 from tests.equivalence.runs import built, recipe_for
-from tests.equivalence.test_resume import command, lines
+from tests.equivalence.test_resume import KEYS, command, lines
 from tests.equivalence.worlds import save_model
 
 # The reference is computed in bins of other shapes than the policy's: float32 sums in another order.
 FLOAT32_TRAJECTORY = {"rtol": 1e-4, "atol": 2e-5}
+
+RECIPES = Path(__file__).resolve().parents[2] / "launch" / "recipes"
 
 pytestmark = pytest.mark.slow
 
@@ -234,6 +236,21 @@ def test_a_subset_or_another_split_computes_nothing(folder: Path, monkeypatch: p
         assert main(command(folder, f"other{number}", *words, **({"eval_share": None} if number == 1 else {}))) == 0
     mismatched = 48  # which KTO draws, and nobody has scored
     assert sum(computed) <= 8 * len(changes) + 2 * mismatched
+
+
+SWEEP = ("dpo", "ipo", "apo_zero", "cal_dpo", "discopop", "dpop", "exo", "hinge", "robust", "sppo")
+
+
+def test_ten_recipes_over_one_dataset_compute_the_reference_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """As they are shipped, each with its own objective, learning rate and schedule."""
+    computed = forwards(monkeypatch)
+    for name in SWEEP:
+        own = dict.fromkeys(KEYS, None) | {"eval_share": 0.2, "rows_per_step": 24}
+        words = [word for word in command(folder, name, **own) if "objective" not in word]
+        assert main(["--config", str(RECIPES / f"{name}.yaml"), *words]) == 0
+        assert json.loads((folder / name / "results.json").read_text())
+    verified = 8 * len(SWEEP)  # four rows of either split, in every run
+    assert 48 <= sum(computed) <= 48 + verified
 
 
 def test_a_cache_that_disagrees_with_its_reference_stops_the_run(folder: Path, capsys: pytest.CaptureFixture):
