@@ -89,19 +89,23 @@ CPU_BUDGET, GPU_BUDGET = 1024, 16384
 """Positions of a microbatch that keep the device busy. More would only take more memory for activations."""
 
 
-def token_budget(asked: int | str, lengths: np.ndarray) -> int:
+def token_budget(asked: int | str, lengths: np.ndarray, most: int | None = None) -> int:
     """What ``train.token_budget`` resolves to.
 
     Args:
         asked: a number, or auto.
         lengths: positions of every row.
+        most: positions that fit into memory, where that is known; auto stays below, but for a row that is longer.
     """
     if asked != "auto":
         return int(asked)
-    return max(GPU_BUDGET if torch.cuda.is_available() else CPU_BUDGET, int(lengths.max(initial=0)))
+    enough = GPU_BUDGET if torch.cuda.is_available() else CPU_BUDGET
+    return max(min(enough, most or enough), int(lengths.max(initial=0)))
 
 
-def train_plan(recipe: Recipe, table: TokenTable, *, share: bool, pack: bool, blocks: bool = False) -> Plan:
+def train_plan(
+    recipe: Recipe, table: TokenTable, *, share: bool, pack: bool, blocks: bool = False, most: int | None = None
+) -> Plan:
     """Which rows are computed together.
 
     Args:
@@ -110,6 +114,7 @@ def train_plan(recipe: Recipe, table: TokenTable, *, share: bool, pack: bool, bl
         share: whether responses share their prompt's positions.
         pack: whether rows are laid end to end (attention by segments or blocks) or one per line (dense masks).
         blocks: whether attention works on blocks of positions (FlexAttention).
+        most: positions of a microbatch that fit into memory, where that is known.
     Raises:
         DataError: a row does not fit the token budget.
     """
@@ -120,7 +125,7 @@ def train_plan(recipe: Recipe, table: TokenTable, *, share: bool, pack: bool, bl
     return Plan(
         lengths=lengths,
         rows_per_step=recipe.train.rows_per_step,
-        token_budget=token_budget(recipe.train.token_budget, lengths),
+        token_budget=token_budget(recipe.train.token_budget, lengths, most),
         epochs=epochs,
         world=world_size(),
         layout=Layout(kind="pack" if share and pack else "bucket", multiple=BLOCK if share and blocks else 1),

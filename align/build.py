@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -61,7 +62,13 @@ class Run:
 
 
 def build(
-    recipe: Recipe, config: Any, tokenizer: Any, prepared: Prepared, evaluations: Evaluations | None, say: Say
+    recipe: Recipe,
+    config: Any,
+    tokenizer: Any,
+    prepared: Prepared,
+    evaluations: Evaluations | None,
+    say: Say,
+    most: int | None = None,
 ) -> Run:
     """Loads the model, chooses its path, plans the steps and makes the trainer.
 
@@ -72,6 +79,7 @@ def build(
         prepared: token tables.
         evaluations: maps per-row sums of held-out rows to metrics.
         say: prints on the first rank.
+        most: positions of a microbatch that fit into memory, as the first rank foresees it.
     """
     set_seed(recipe.train.seed)
     # Before the model is loaded: this is what starts the process group and finds the device.
@@ -91,7 +99,8 @@ def build(
     share, path_check = _choose_path(recipe, model, prepared.train.table, dtype, args.device)
     way = causal_lm(model).config.get_text_config()._attn_implementation
     packs, blocks = way in models.PACKING, way == "flex_attention"
-    plan = train_plan(recipe, prepared.train.table, share=share, pack=packs, blocks=blocks)
+    most = broadcast_object_list([most])[0] if args.world_size > 1 else most  # all take as many microbatches
+    plan = train_plan(recipe, prepared.train.table, share=share, pack=packs, blocks=blocks, most=most)
     args.gradient_accumulation_steps = plan.microbatches
     say(
         f"plan: {plan.steps_per_epoch} steps an epoch of {recipe.train.rows_per_step} rows, in {plan.microbatches} "

@@ -65,6 +65,10 @@ class Forecast:
 
     memory: dict[str, float]
     """Bytes at the worst moment, by what they are for."""
+    gradients: float
+    """Bytes of them that do not depend on the rows."""
+    costliest: int
+    """Positions of the microbatch that takes the most."""
     available: float
     """Bytes there are, those of this process included."""
     rates: Rates
@@ -87,6 +91,15 @@ class Forecast:
     reference: float
     """Seconds of the reference pass over all rows."""
     world: int
+    most: int | None = None
+    """Positions of a microbatch that fit, where the budget had to be lowered."""
+
+    def fitting(self) -> int:
+        """Positions whose activations fit beside everything else; a tenth of memory is left free."""
+        passes = self.memory["gradients and activations"]
+        fixed = self.peak - passes + self.gradients
+        each = max(passes - self.gradients, 1.0) / self.costliest
+        return max(int((0.9 * self.available - fixed) / each), 1)
 
     @property
     def peak(self) -> float:
@@ -111,6 +124,8 @@ class Forecast:
             f"{_duration(self.steps * self.step)}"
             + (f", after {_duration(self.reference)} for the reference" if self.reference else ""),
         ]
+        if self.most is not None:
+            lines.append(f"note: train.token_budget auto is {self.token_budget} here, so that it fits into memory")
         if self.peak > self.available:
             lines.append(
                 "warning: that is more memory than there is; lower train.token_budget"
@@ -167,9 +182,16 @@ def look_ahead(recipe: Recipe, config: Any, table: TokenTable) -> Forecast:
     way = attention(recipe.model, config)
     why: Exception | None = None
     for share in (True, False):
-        plan = train_plan(recipe, table, share=share, pack=way in PACKING, blocks=way == "flex_attention")
+        layout = {"share": share, "pack": way in PACKING, "blocks": way == "flex_attention"}
+        plan = train_plan(recipe, table, **layout)
+        steps = total_steps(recipe, plan.steps_per_epoch)
         try:
-            return forecast(recipe, config, plan, table, total_steps(recipe, plan.steps_per_epoch), share=share)
+            ahead = forecast(recipe, config, plan, table, steps, share=share)
+            if ahead.peak <= ahead.available or recipe.train.token_budget != "auto":
+                return ahead
+            most = ahead.fitting()
+            ahead = forecast(recipe, config, train_plan(recipe, table, **layout, most=most), table, steps, share=share)
+            return replace(ahead, most=most)
         except (RecipeError, DataError, RunError):
             raise
         except Exception as error:  # a model's own code may fail in any way on tensors without contents
@@ -210,6 +232,8 @@ def forecast(recipe: Recipe, config: Any, plan: Plan, table: TokenTable, steps: 
         reference = len(table) / recipe.train.rows_per_step * of_step
     return Forecast(
         memory=_memory(recipe, traced, device),
+        gradients=traced.trained_bytes * (KEPT_BY_ALLOCATOR if device.type == "cpu" else 1.0),
+        costliest=plan.positions(rows),
         available=_available(device),
         rates=rates,
         microbatches=plan.microbatches,

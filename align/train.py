@@ -187,7 +187,7 @@ def run(recipe: Recipe, command: str = "", measure: Measure | None = None, *, on
 
     # From here on it costs something.
     held_out = HeldOut(prepared.eval, *run_directory.eval_name(recipe)) if prepared.eval else None
-    ready = build(recipe, config, tokenizer, prepared, held_out, say)
+    ready = build(recipe, config, tokenizer, prepared, held_out, say, ahead.most if ahead else None)
     trainer = ready.trainer
     if first:
         saving.require_space(output_dir, ready.bytes_to_save(), "the weights with their checkpoints")

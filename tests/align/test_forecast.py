@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel
 
+from align import forecast as forecasting
 from align import model as models
 from align import train
 from align.forecast import Forecast, Rates, look_ahead
@@ -103,6 +104,8 @@ def test_looking_ahead_draws_no_random_numbers():
 
 AHEAD = Forecast(
     memory={"program": 1e9, "weights": 2e9},
+    gradients=5e8,
+    costliest=1000,
     available=4e9,
     rates=Rates(flops=1e12, bandwidth=1e10, start=1e-5),
     microbatches=2,
@@ -176,6 +179,39 @@ def test_plan_tells_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert "forecast: " in told
     assert "3 steps" in told
     assert not (tmp_path / "run").exists()
+
+
+def test_positions_that_fit_by_hand():
+    """2 GB of activations for 1000 positions; of 3.6 GB the rest takes 2.6, so that half of them fit."""
+    memory = {"program": 1e9, "weights": 1.1e9, "gradients and activations": 2.5e9}
+    assert replace(AHEAD, memory=memory).fitting() == 500
+
+
+def test_the_budget_is_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """With auto; a number is taken as it is, with a warning. Losses are the same either way."""
+    save_model(tmp_path / "model", hidden_size=256, intermediate_size=1024, num_hidden_layers=6)
+    long_rows(tmp_path, 24)
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+    common = words(tmp_path, "--rows_per_step=12", "--max_steps=1", "--logging_steps=1")
+    assert train.main([*common, "--output_dir=" + str(tmp_path / "roomy")]) == 0
+    roomy = capsys.readouterr().out
+    assert "so that it fits" not in roomy
+    found = json.loads((tmp_path / "roomy" / "forecast.json").read_text())["forecast"]
+    passes = found["memory"]["gradients and activations"]
+    monkeypatch.setattr(forecasting, "_available", lambda device: found["peak"] - 0.4 * passes)
+    assert train.main([*common, "--output_dir=" + str(tmp_path / "tight")]) == 0
+    tight = capsys.readouterr().out
+    assert "note: train.token_budget auto is " in tight
+    less = json.loads((tmp_path / "tight" / "forecast.json").read_text())["forecast"]
+    assert less["token_budget"] < found["token_budget"]
+    assert less["microbatches"] > found["microbatches"]
+    assert f"in {less['microbatches']} microbatches" in tight
+    first, second = (
+        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0]) for name in ("roomy", "tight")
+    )
+    assert first["loss"] == pytest.approx(second["loss"], rel=1e-6)
+    assert train.main([*common, "--output_dir=" + str(tmp_path / "asked"), "--token_budget=1024", "--plan"]) == 0
+    assert "warning: that is more memory than there is" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["mamba", *CONFIGS])
