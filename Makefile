@@ -36,7 +36,7 @@ check: $(READY)
 	$(BIN)/python -m pytest -n auto -m "not slow and not all"
 
 bench: $(READY)
-	$(BIN)/python -m launch.bench.vs_trl --table docs/performance.json
+	$(BIN)/python -m launch.bench.vs_trl --table --into docs/performance.json
 	$(BIN)/python -m launch.bench.performance_page
 
 bench_preparation: $(READY)

@@ -22,7 +22,7 @@ class ModelSection:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of computation. auto: bfloat16 on GPUs that have it, float32 elsewhere. Trained weights stay float32."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flex_attention", "align_segments"] = "auto"
-    """auto: flex_attention on GPUs, sdpa on CPUs, eager where the model soft-caps attention scores."""
+    """auto: flex_attention on GPUs, align_segments (SDPA by segments) on CPUs, eager where attention is soft-capped."""
     tokenizer_name_or_path: str | None = None
     """Where the tokenizer is, if not with the model."""
     eos_token: str | None = None
@@ -171,7 +171,7 @@ class TrainSection:
     rows_per_step: int = 64
     """Rows (pairs, triples) of one optimizer step, over all devices: the global batch."""
     token_budget: int | Literal["auto"] = "auto"
-    """Most positions of one microbatch on one device; auto chooses by device and by the longest row. How many
+    """Most positions of one microbatch on one device; auto chooses by device, longest row and memory. How many
     microbatches a step takes follows from it, and nothing else."""
     num_train_epochs: float = 1.0
     """Passes over the data."""

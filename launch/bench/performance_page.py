@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-from launch.bench.vs_trl import Setup
+from launch.bench.vs_trl import TABLE, Setup
 
 MARKS = ("<!-- measured: begin -->", "<!-- measured: end -->")
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -136,7 +136,8 @@ def table(results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 INTRO = """Same model, same rows in the same order, same global batch, same optimizer, float32, sides taking turns in
-one run: `make bench` ({machine}; {versions}; {date}). TRL at its best has a precomputed reference, no activation
+one run: `make bench` ({machine}; {versions};
+{dates}). TRL at its best has a precomputed reference, no activation
 checkpointing, and as many rows at a time as were fastest when tried. Nothing is written unless all sides computed the
 same losses. Useful tokens are response tokens plus prompts once."""
 PICTURES = {
@@ -150,12 +151,13 @@ def measured(found: dict[str, Any]) -> str:
     """What the benchmark says, as Markdown.
 
     Args:
-        found: what ``vs_trl --table`` wrote.
+        found: what ``vs_trl --into`` wrote.
     """
     results = found["results"]
     steps, whole = ([each for each in results if each["setup"]["whole"] is kind] for kind in (False, True))
     named = {each["setup"]["case"] for each in results}
-    parts = [INTRO.format(**found), ""]
+    dates = sorted({each["date"] for each in results})
+    parts = [INTRO.format(**found, dates=" and ".join(dict.fromkeys((*dates[:1], *dates[-1:])))), ""]
     parts += [f"* **{name}**: {CASES[name]}" for name in CASES if name in named]
     parts += ["", "## Optimizer steps", "", "![Rows per second](plots/steps.svg)", "", *table(steps), ""]
     if whole:
@@ -164,6 +166,10 @@ def measured(found: dict[str, Any]) -> str:
     parts += ["## Memory, padding, first step", ""]
     for name, title in PICTURES.items():
         parts += [f"{title}:", "", f"![{title}](plots/{name})", ""]
+    known = {str(Setup(**each["setup"])) for each in results}
+    missing = [str(setup) for setup in TABLE if str(setup) not in known]
+    if missing:
+        parts += [f"`make bench` also measures, and nobody has yet: {'; '.join(missing)}.", ""]
     return "\n".join(parts)
 
 

@@ -185,15 +185,28 @@ def main() -> None:
         "--steps", type=int, default=standard.steps, help=f"optimizer steps; the first {WARM_UP} warm up"
     )
     parser.add_argument("--batch", type=int, default=standard.batch, help="rows per optimizer step")
-    parser.add_argument("--table", type=Path, help="run everything docs/performance.md shows, and write it here")
+    parser.add_argument("--table", action="store_true", help="run everything docs/performance.md shows")
+    parser.add_argument(
+        "--into", type=Path, help="file to keep the numbers in, in place of older ones of the same kind"
+    )
     options = vars(parser.parse_args())
-    table = options.pop("table")
-    results = []
+    table, into = options.pop("table"), options.pop("into")
     for setup in TABLE if table else (Setup(**options),):
-        results.append(compare(setup))
-        print(told(results[-1]), flush=True)
-        if table:  # after each, so that a run that is cut off leaves what it has
-            table.write_text(json.dumps(about_here() | {"results": results}, indent=1) + "\n", encoding="utf-8")
+        result = compare(setup)
+        print(told(result), flush=True)
+        if into:  # after each, so that a run that is cut off leaves what it has
+            keep(into, result)
+
+
+def keep(path: Path, result: dict[str, Any]) -> None:
+    """Puts a comparison among those of the same machine, in the order of ``TABLE``."""
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"results": []}
+    named = {
+        str(Setup(**each["setup"])): each for each in (*found["results"], result | {"date": time.strftime("%Y-%m-%d")})
+    }
+    order = {str(setup): i for i, setup in enumerate(TABLE)}
+    results = sorted(named.values(), key=lambda each: order.get(str(Setup(**each["setup"])), len(order)))
+    path.write_text(json.dumps(about_here() | {"results": results}, indent=1) + "\n", encoding="utf-8")
 
 
 def about_here() -> dict[str, str]:
@@ -202,7 +215,6 @@ def about_here() -> dict[str, str]:
     return {
         "machine": f"{os.cpu_count()} cores of a {platform.machine()} machine",
         "versions": ", ".join(f"{name} {importlib.metadata.version(name).partition('+')[0]}" for name in names),
-        "date": time.strftime("%Y-%m-%d"),
     }
 
 

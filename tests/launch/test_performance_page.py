@@ -9,7 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from launch.bench import performance_page
-from launch.bench.vs_trl import Setup
+from launch.bench.vs_trl import TABLE, Setup, keep
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -27,8 +27,8 @@ def side(rate: float, memory: float) -> dict[str, object]:
 def found() -> dict[str, object]:
     sides = {"ours": side(6.0, 1000), "trl": side(1.0, 3000), "trl-best": side(2.0, 2500)}
     setups = [asdict(Setup(case="hh", whole=whole)) for whole in (False, True)]
-    results = [{"setup": setup, "micro": 2, "sides": sides} for setup in setups]
-    return {"machine": "m", "versions": "v", "date": "d", "results": results}
+    results = [{"setup": setup, "micro": 2, "sides": sides, "date": "d"} for setup in setups]
+    return {"machine": "m", "versions": "v", "results": results}
 
 
 def test_tables_plots_and_what_stands_around_them(tmp_path: Path):
@@ -52,6 +52,15 @@ def test_tables_plots_and_what_stands_around_them(tmp_path: Path):
     ours, best, defaults = [float(each.attrib["width"]) for each in steps.iter("{http://www.w3.org/2000/svg}rect")][3:]
     assert round(ours / defaults, 1) == 6
     assert round(best / defaults, 1) == 2
+
+
+def test_numbers_replace_older_ones_of_the_same_kind(tmp_path: Path):
+    path = tmp_path / "performance.json"
+    first, second = (asdict(TABLE[i]) for i in (4, 1))
+    for setup, micro in ((first, 1), (second, 2), (first, 3)):
+        keep(path, {"setup": setup, "micro": micro, "sides": {}})
+    results = json.loads(path.read_text())["results"]
+    assert [(each["setup"], each["micro"]) for each in results] == [(second, 2), (first, 3)]
 
 
 def test_the_page_is_up_to_date(tmp_path: Path):

@@ -292,3 +292,12 @@ def test_no_reference_is_needed():
     for objective in (CPO(), SimPO(), AlphaPO(), ORPO()):
         assert not objective.needs.reference
         assert objective.step0 is None
+
+
+def test_orpo_s_rewards_are_beta_times_mean_log_probs():
+    """β = 0.5 on −1.5 and −4 a token; the log of the odds ratio is logged beside them, without β."""
+    found = means(ORPO(beta=0.5), one_row())
+    odds = -1.5 + 4 - math.log1p(-math.exp(-1.5)) + math.log1p(-math.exp(-4))
+    assert found["rewards/chosen"] == pytest.approx(-0.75, **BY_HAND)
+    assert found["rewards/rejected"] == pytest.approx(-2.0, **BY_HAND)
+    assert found["odds/log_ratio"] == pytest.approx(odds, **BY_HAND)
