@@ -75,8 +75,7 @@ class BetaDPO:
 
     def step_pass(self, batch: LegBatch) -> dict[str, Tensor]:
         """Differences of log-ratios, nats, and a number that identifies each row by its tokens."""
-        identity = _identity(batch["chosen"]) * 31 + _identity(batch["rejected"])
-        return {"difference": pair_of(batch, self.beta).difference.detach(), "identity": identity}
+        return {"difference": pair_of(batch, self.beta).difference.detach(), "identity": _row_identity(batch)}
 
     def __call__(self, batch: LegBatch) -> Output:
         step, place = batch.whole_step()
@@ -140,6 +139,10 @@ class BetaDPO:
 def _moments(differences: Float[Tensor, " row"]) -> dict[str, Tensor]:
     values = differences.double()
     return {"total": values.sum(), "squares": (values**2).sum(), "count": values.new_tensor(float(len(values)))}
+
+
+def _row_identity(batch: LegBatch) -> Int[Tensor, " row"]:
+    return _identity(batch["chosen"]) * 31 + _identity(batch["rejected"])
 
 
 def _identity(leg: Leg) -> Int[Tensor, " row"]:

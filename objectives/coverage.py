@@ -84,8 +84,7 @@ class DCO:
         """F: the gradient relative to that of −log p, in [0, 1]."""
         if self.attempts == 1:
             return torch.ones_like(logps)
-        within = logps.clamp(min=IMPROBABLE, max=-1e-6)
-        missed = log1mexp(within)
-        log_factor = math.log(self.attempts) + (self.attempts - 1) * missed + within
+        missed = log1mexp(logps)
+        log_factor = math.log(self.attempts) + (self.attempts - 1) * missed + logps
         log_factor = log_factor - log1mexp(self.attempts * missed)
         return torch.where(logps < IMPROBABLE, 1.0, torch.exp(log_factor))

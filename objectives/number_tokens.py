@@ -51,8 +51,8 @@ class NTLMSE:
     def __call__(self, batch: LegBatch) -> Output:
         leg = batch[self.leg]
         numbers, value = _targets(leg)
-        error = (leg.extra("number_mean").where(numbers, 0.0) - value) ** 2
-        return _output(leg, self.leg, numbers, masked_sum(error, numbers))
+        error = (leg.extra("number_mean") - value).where(numbers, 0.0) ** 2
+        return _output(leg, self.leg, numbers, error.sum(dim=-1))
 
 
 @OBJECTIVES.register("ntl_was")
@@ -89,10 +89,10 @@ class NTLWAS:
 
 
 def _targets(leg: Leg) -> tuple[Bool[Tensor, "row token"], Float[Tensor, "row token"]]:
-    """Which tokens are numbers, and their values (0 elsewhere)."""
+    """Which tokens are numbers, and their values (NaN elsewhere)."""
     value = leg.extra("number_value").detach()
     numbers = leg.mask & value.isfinite()
-    return numbers, value.where(numbers, 0.0)
+    return numbers, value
 
 
 def _output(leg: Leg, name: str, numbers: Bool[Tensor, "row token"], losses: Float[Tensor, " row"]) -> Output:

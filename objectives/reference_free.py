@@ -118,7 +118,7 @@ class SimPO:
     def __call__(self, batch: LegBatch) -> Output:
         pair = pair_of(batch, self.beta, reference=False, per_token=True)
         output = preference(batch, pair, smoothed(pair.margin - self.gamma, self.label_smoothing))
-        reached = (pair.margin.detach() > self.gamma).to(pair.margin)
+        reached = (pair.margin > self.gamma).to(pair.margin)
         further = {**response_metrics(batch, LEGS), "rewards/above_target": Mean.of(reached)}
         return Output(terms=output.terms, metrics={**output.metrics, **further})
 

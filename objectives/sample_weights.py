@@ -37,9 +37,7 @@ class SampleWeight(Protocol):
 def row_losses(leg: Leg) -> Float[Tensor, " row"]:
     """Mean loss of each row's counted tokens under the policy, nats, detached; NaN where there are none."""
     counted = leg.counted()
-    number = counted.sum(dim=-1)
-    mean = masked_sum(-leg.logps.detach(), counted) / number.clamp(min=1)
-    return torch.where(number > 0, mean, math.nan)
+    return masked_sum(-leg.logps.detach(), counted) / counted.sum(dim=-1)  # 0/0 is NaN
 
 
 def _weights(

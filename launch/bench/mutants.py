@@ -93,8 +93,19 @@ def mutants(module: str) -> Iterator[Mutant]:
                 for other in _formula_nodes(function)
             ][number]
             what = _apply(again, same, change)
+            if change == "detach logratio" and _without_slope(tree, node):
+                continue
             if what is not None:
                 yield Mutant(module, getattr(node, "lineno", 0), what, ast.unparse(ast.fix_missing_locations(again)))
+
+
+def _without_slope(tree: ast.AST, node: ast.AST) -> bool:
+    """Whether no gradient goes through a place anyhow: it is detached further on, or only compared."""
+    for parent in ast.walk(tree):
+        detached = isinstance(parent, ast.Attribute) and parent.attr == "detach"
+        if (detached or isinstance(parent, ast.Compare)) and any(child is node for child in ast.walk(parent)):
+            return True
+    return False
 
 
 def _formula_nodes(function: ast.FunctionDef) -> list[ast.AST]:

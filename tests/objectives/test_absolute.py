@@ -232,3 +232,9 @@ def test_the_shift_is_the_mean_of_all_rewards_so_far(seed: int, cut: int):
         observed = [objective.observe(rows_of(batch, part)) for part in parts]
         state = objective.update(state, {key: sum(each[key] for each in observed) for key in observed[0]})
         assert (state["reward_total"] / state["reward_count"]).item() == pytest.approx(shift, rel=1e-11, abs=1e-13)
+
+
+def test_one_reward_seen_is_a_mean_of_one():
+    """δ = 0.25 after a single reward, not half of it."""
+    batch = replace(tv1("chosen", "rejected"), state=seen(0.25, 1))
+    assert means(BCOPair(), batch)["rewards/shift"] == pytest.approx(0.25)

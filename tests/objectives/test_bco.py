@@ -250,3 +250,26 @@ def test_a_balanced_shift_adds_up_its_classes():
     assert state["desirable_count"] == batch.labels.sum()
     assert state["desirable_total"].item() == pytest.approx(rewards[batch.labels].sum().item())
     assert state["reward_total"].item() == pytest.approx(rewards.sum().item())
+
+
+@pytest.mark.parametrize(("shift", "wanted"), [("mean", 0.5), ("balanced", 0.2)])
+def test_one_of_each_class_seen(shift: str, wanted: float):
+    """A single desirable reward of 0.6 and one of −0.2: balanced (0.6 − 0.2)/2; with the mean a single 0.5."""
+    objective = BCO(shift=shift)
+    if shift == "mean":
+        state = {"reward_total": torch.tensor(0.5), "reward_count": torch.tensor(1.0)}
+    else:
+        state = {
+            "reward_total": torch.tensor(0.4),
+            "reward_count": torch.tensor(2.0),
+            "desirable_total": torch.tensor(0.6),
+            "desirable_count": torch.tensor(1.0),
+        }
+    assert objective._shift(state).item() == pytest.approx(wanted)
+
+
+def test_classes_of_several_rewards_are_means():
+    """Three desirable ones of 0.9 in all and two others of −0.8 in all: (0.3 − 0.4)/2."""
+    numbers = {"reward_total": 0.1, "reward_count": 5.0, "desirable_total": 0.9, "desirable_count": 3.0}
+    state = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
+    assert BCO(shift="balanced")._shift(state).item() == pytest.approx(-0.05)

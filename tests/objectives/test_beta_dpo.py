@@ -309,3 +309,23 @@ def test_steps_are_counted_one_by_one():
     for number in (1, 2, 3):
         state = objective.update(state, objective.observe(batch))
         assert state["steps"].item() == number
+
+
+def test_statistics_of_one_row():
+    """Its difference is the mean, and there is no spread: 0, where 0/0 would be NaN."""
+    objective = BetaDPO(momentum=0.5)
+    state = objective.update(objective.init_state(), objective.observe(apart([3.0])))
+    assert state["mean"].item() == pytest.approx(1.5)
+    assert state["spread"].item() == 0.0
+
+
+def test_a_small_spread_is_not_rounded_and_none_is_not_below_zero():
+    """Differences 0.1 and 0.3 have 0.1·√2; of many equal ones squares less total times mean may round below zero."""
+    objective = BetaDPO(momentum=0.0)
+    state = objective.update(objective.init_state(), objective.observe(apart([0.1, 0.3])))
+    assert state["spread"].item() == pytest.approx(0.1 * math.sqrt(2))
+    rounded = {name: torch.tensor(value, dtype=torch.float64) for name, value in BELOW_ZERO.items()}
+    assert objective.update(objective.init_state(), rounded)["spread"].item() == 0.0
+
+
+BELOW_ZERO = {"total": 3.0, "squares": 3.0 - 1e-15, "count": 3.0}

@@ -234,3 +234,9 @@ def test_unpaired_apo_is_what_the_paper_says(seed: int, beta: float, scale: floa
         undesirable_weight=undesirable,
     )
     assert_transcribed(objective, batch, *expected)
+
+
+def test_the_estimate_of_one_row():
+    """A microbatch of one mismatched response is its own mean."""
+    found = KTO().update(KTO().init_state(), {"kl_total": torch.tensor(0.8), "kl_count": torch.tensor(1.0)})
+    assert found["kl"].item() == pytest.approx(0.8)

@@ -863,3 +863,12 @@ def test_what_is_needed_in_a_list():
     assert listed.needs == Needs(legs=LEGS, reference=True, likelihood=("chosen",), scores=LEGS, extras=("log_sum_p2",))
     seen: Tensor | None = listed.view("sft", make_batch(listed.parts["dpo"], seed=1))["chosen"].extras.get("log_sum_p2")
     assert seen is None
+
+
+def test_a_length_reward_adds_to_a_margin_that_is_there():
+    """0.1 times two tokens more, on top of 2."""
+    batch = LegBatch(legs={"chosen": make_rows([[-1.0, -1.0, -1.0]]), "rejected": make_rows([[-1.0]])})
+    batch = replace(batch, adjust=replace(batch.adjust, margin=torch.tensor([2.0], dtype=torch.float64)))
+    prepared = RDPO(length_alpha=0.1).prepare(batch)
+    assert prepared.adjust.margin is not None
+    assert prepared.adjust.margin.tolist() == [pytest.approx(2.2)]

@@ -301,3 +301,9 @@ def test_orpo_s_rewards_are_beta_times_mean_log_probs():
     assert found["rewards/chosen"] == pytest.approx(-0.75, **BY_HAND)
     assert found["rewards/rejected"] == pytest.approx(-2.0, **BY_HAND)
     assert found["odds/log_ratio"] == pytest.approx(odds, **BY_HAND)
+
+
+def test_alpha_po_s_reward_by_hand():
+    """r = (1 − e^(0.25·2))/0.25 at −2 nats a token."""
+    found = AlphaPO(alpha=0.25).reward(torch.tensor([-2.0], dtype=torch.float64))
+    assert found.tolist() == [pytest.approx((1 - math.exp(0.5)) / 0.25, **BY_HAND)]

@@ -229,3 +229,20 @@ def test_keys_are_the_same_for_all():
     assert {tuple(field.name for field in fields(TOKEN_WEIGHTS[name])) for name in NAMES} == {
         ("temperature", "warmup_steps", "legs")
     }
+
+
+def test_row_losses_carry_no_slope():
+    """A weight must not learn to be small."""
+    leg = make_rows([[-1.0, -2.0]])
+    leg = replace(leg, logps=leg.logps.clone().requires_grad_())
+    losses = row_losses(leg)
+    assert not losses.requires_grad
+    assert losses.tolist() == [pytest.approx(1.5)]
+
+
+def test_a_row_without_counted_tokens_has_no_loss():
+    leg = make_rows([[-1.0, -3.0], [-2.0, -2.0]])
+    weight = torch.tensor([[1.0, 1.0], [0.0, 0.0]], dtype=leg.logps.dtype)
+    losses = row_losses(replace(leg, weight=weight))
+    assert losses[0].item() == pytest.approx(2.0)
+    assert math.isnan(losses[1].item())
