@@ -16,7 +16,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from align.errors import RecipeError
-from align.model import compute_dtype
+from align.model import PACKING, compute_dtype
 from align.recipe import Recipe
 from align.sections import DataSection, DatasetSection
 from data.plan import Layout, Plan
@@ -103,17 +103,15 @@ def token_budget(asked: int | str, lengths: np.ndarray, most: int | None = None)
     return max(min(enough, most or enough), int(lengths.max(initial=0)))
 
 
-def train_plan(
-    recipe: Recipe, table: TokenTable, *, share: bool, pack: bool, blocks: bool = False, most: int | None = None
-) -> Plan:
+def train_plan(recipe: Recipe, table: TokenTable, *, share: bool, way: str, most: int | None = None) -> Plan:
     """Which rows are computed together.
 
     Args:
         recipe: for rows per step, token budget, length of the run and seed.
         table: training rows.
         share: whether responses share their prompt's positions.
-        pack: whether rows are laid end to end (attention by segments or blocks) or one per line (dense masks).
-        blocks: whether attention works on blocks of positions (FlexAttention).
+        way: implementation of attention, which decides whether rows lie end to end (segments, FlexAttention's blocks)
+            or one per line (dense masks).
         most: positions of a microbatch that fit into memory, where that is known.
     Raises:
         DataError: a row does not fit the token budget.
@@ -128,7 +126,10 @@ def train_plan(
         token_budget=token_budget(recipe.train.token_budget, lengths, most),
         epochs=epochs,
         world=world_size(),
-        layout=Layout(kind="pack" if share and pack else "bucket", multiple=BLOCK if share and blocks else 1),
+        layout=Layout(
+            kind="pack" if share and way in PACKING else "bucket",
+            multiple=BLOCK if share and way == "flex_attention" else 1,
+        ),
         seed=recipe.train.seed,
     )
 

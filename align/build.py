@@ -98,9 +98,8 @@ def build(
     model.to(args.device)
     share, path_check = _choose_path(recipe, model, prepared.train.table, dtype, args.device)
     way = causal_lm(model).config.get_text_config()._attn_implementation
-    packs, blocks = way in models.PACKING, way == "flex_attention"
     most = broadcast_object_list([most])[0] if args.world_size > 1 else most  # all take as many microbatches
-    plan = train_plan(recipe, prepared.train.table, share=share, pack=packs, blocks=blocks, most=most)
+    plan = train_plan(recipe, prepared.train.table, share=share, way=way, most=most)
     args.gradient_accumulation_steps = plan.microbatches
     say(
         f"plan: {plan.steps_per_epoch} steps an epoch of {recipe.train.rows_per_step} rows, in {plan.microbatches} "

@@ -22,7 +22,7 @@ from align.assemble import total_steps, train_plan
 from align.errors import RecipeError, RunError
 from align.forward import bind
 from align.logps import positions_per_chunk
-from align.model import PACKING, add_adapter, attention, compute_dtype, dense_attention
+from align.model import add_adapter, attention, compute_dtype, dense_attention
 from align.recipe import Recipe
 from align.segments import NAME
 from align.tracing import Traced, trace, without_random_numbers
@@ -91,6 +91,8 @@ class Forecast:
     reference: float
     """Seconds of the reference pass over all rows."""
     world: int
+    share: bool
+    """Whether responses share their prompt."""
     most: int | None = None
     """Positions of a microbatch that fit, where the budget had to be lowered."""
 
@@ -117,6 +119,7 @@ class Forecast:
         limit = self.useful_per_step / max(self.arithmetic, 1e-12)
         budget = f"{self.token_budget} positions a microbatch, {self.microbatches} of them a step"
         again = "activations computed again" if self.checkpointing else "activations kept"
+        again += "" if self.share else ", every response with its own copy of the prompt"
         lines = [
             f"forecast: {_gib(self.peak)} GiB at most of {_gib(self.available)} ({parts}); {budget}, {again}",
             f"forecast: {self.useful_per_step / self.step:.0f} useful tokens/s (arithmetic alone would allow "
@@ -182,20 +185,20 @@ def look_ahead(recipe: Recipe, config: Any, table: TokenTable) -> Forecast:
     way = attention(recipe.model, config)
     why: Exception | None = None
     for share in (True, False):
-        layout = {"share": share, "pack": way in PACKING, "blocks": way == "flex_attention"}
-        plan = train_plan(recipe, table, **layout)
-        steps = total_steps(recipe, plan.steps_per_epoch)
         try:
+            plan = train_plan(recipe, table, share=share, way=way)
+            steps = total_steps(recipe, plan.steps_per_epoch)
             ahead = forecast(recipe, config, plan, table, steps, share=share)
             if ahead.peak <= ahead.available or recipe.train.token_budget != "auto":
                 return ahead
             most = ahead.fitting()
-            ahead = forecast(recipe, config, train_plan(recipe, table, **layout, most=most), table, steps, share=share)
-            return replace(ahead, most=most)
-        except (RecipeError, DataError, RunError):
-            raise
+            plan = train_plan(recipe, table, share=share, way=way, most=most)
+            return replace(forecast(recipe, config, plan, table, steps, share=share), most=most)
         except Exception as error:  # a model's own code may fail in any way on tensors without contents
-            why = error
+            # What the run itself would refuse; whether sequences will be separate is not known yet.
+            if share and isinstance(error, RecipeError | DataError | RunError):
+                raise
+            why = why or error
     assert why is not None
     raise ForecastError(f"{type(why).__name__}: {str(why).splitlines()[0] if str(why) else ''}") from why
 
@@ -215,7 +218,7 @@ def forecast(recipe: Recipe, config: Any, plan: Plan, table: TokenTable, steps: 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = plan.costliest()
     checkpointing = recipe.train.gradient_checkpointing
-    traced = _of_rows(recipe, config, plan, table, rows, dtype, share=share)
+    traced = _of_rows(recipe, config, plan, table, rows, dtype, device, share=share)
     rates = measured(device, dtype)
     bins = [part for step in plan.epoch(0)[:SAMPLED_STEPS] for ranks in step for part in ranks if len(part)]
     some = min(plan.steps_per_epoch, SAMPLED_STEPS)
@@ -249,11 +252,20 @@ def forecast(recipe: Recipe, config: Any, plan: Plan, table: TokenTable, steps: 
         useful_flops=forward * (3 if full else 2) * useful / (positions * plan.world),
         reference=reference,
         world=plan.world,
+        share=share,
     )
 
 
 def _of_rows(
-    recipe: Recipe, config: Any, plan: Plan, table: TokenTable, rows: np.ndarray, dtype: torch.dtype, *, share: bool
+    recipe: Recipe,
+    config: Any,
+    plan: Plan,
+    table: TokenTable,
+    rows: np.ndarray,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    share: bool,
 ) -> Traced:
     """A microbatch of these rows: a few of them are traced, and the rest follows."""
     some = rows[np.linspace(0, len(rows) - 1, min(len(rows), TRACED_ROWS)).astype(int)]
@@ -269,7 +281,6 @@ def _of_rows(
     ratio = plan.positions(rows) / plan.positions(some)
     # Logits are there a chunk at a time; in low precision before and after the softmax as well.
     vocabulary = int(config.get_text_config().vocab_size)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     most = positions_per_chunk(vocabulary, device)
     wide = 4 if dtype == torch.float32 else 8
     tokens = [sum(float(leg.lengths()[each].sum()) for leg in table.legs.values()) for each in (some, rows)]

@@ -165,6 +165,17 @@ class TargetScores(torch.autograd.Function):
         return of_states, of_weight, of_bias, None, None
 
 
+def target_scores(
+    states: Float[Tensor, "response hidden"],
+    weight: Float[Tensor, "vocab hidden"],
+    bias: Float[Tensor, " vocab"] | None,
+    targets: Int[Tensor, " response"],
+    chunks: Chunks,
+) -> tuple[Float[Tensor, " response"], Float[Tensor, " response"] | None]:
+    """Log-probs of the targets (nats), and log Σ p² where ``chunks`` wants it; see ``TargetScores``."""
+    return TargetScores.apply(states, weight, bias, targets, chunks)  # type: ignore[return-value]
+
+
 def _less_one(shares: Tensor, ids: Tensor) -> Tensor:
     """p − onehot, in place."""
     return shares.scatter_add_(-1, ids, torch.full_like(ids, -1, dtype=shares.dtype))

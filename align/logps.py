@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from align.head import Chunks, HeadTransform, TargetScores
+from align.head import Chunks, HeadTransform, target_scores
 
 LOGITS_PER_CHUNK = 2**24
 """Elements of one chunk's logits: 64 MiB in float32."""
@@ -121,7 +121,7 @@ def chunked_scores(
     size = chunk or positions_per_chunk(head.vocabulary, head.states.device)
     if head.weight is not None and set(extras.names) <= {"log_sum_p2"}:
         chunks = Chunks(size=size, transform=head.transform, squares=bool(extras.names))
-        logps, squares = TargetScores.apply(head.states, head.weight, head.bias, targets, chunks)  # type: ignore[misc]
+        logps, squares = target_scores(head.states, head.weight, head.bias, targets, chunks)
         return {"logps": logps} | ({} if squares is None else {"log_sum_p2": squares})
     reference = extras.reference
 

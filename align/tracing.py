@@ -191,8 +191,7 @@ def _traced(config: Any, batch: PackedBatch, make: Any, dtype: torch.dtype) -> T
     with torch.device("meta"):
         model: nn.Module = make(config)
     low = dtype in (torch.bfloat16, torch.float16)
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what fails is raised as well
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with _unlogged("torch._subclasses.fake_tensor"), FakeTensorMode(allow_non_fake_inputs=True):
         _onto_cpu(model)
         model.train()
         sizes = [(each.numel(), each.nbytes, each.requires_grad) for each in model.parameters()]
@@ -217,6 +216,18 @@ def _traced(config: Any, batch: PackedBatch, make: Any, dtype: torch.dtype) -> T
         parameter_bytes=float(sum(size for _, size, _ in sizes)),
         trained_bytes=trained,
     )
+
+
+@contextlib.contextmanager
+def _unlogged(name: str) -> Iterator[None]:
+    """What fails is raised as well, and the caller says it."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,10 @@ Measure = Callable[[Any, Any, int], list[Any]]
 """Maps a policy, its tokenizer and the number of steps taken to results."""
 
 
+MALLOC_OPTIONS = ((-4, 0), (-1, 2**31 - 1), (-2, 2**26))
+"""Of glibc's ``malloc.h``: M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD; no block is mapped by itself."""
+
+
 def main(arguments: Sequence[str] | None = None, measure: Measure | None = None) -> int:
     """Runs one recipe. Returns the exit status: 0, or 2 after one sentence on what is wrong."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -108,10 +112,6 @@ def keep_freed_memory() -> None:
         change = ctypes.CDLL("libc.so.6").mallopt
         for option, value in MALLOC_OPTIONS:
             change(option, value)
-
-
-MALLOC_OPTIONS = ((-4, 0), (-1, 2**31 - 1), (-2, 2**26))
-"""Of glibc's ``malloc.h``: M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD; no block is mapped by itself."""
 
 
 def run(recipe: Recipe, command: str = "", measure: Measure | None = None, *, only_plan: bool = False) -> Path:

@@ -127,6 +127,7 @@ def trained(objective: str, lora: bool, config: Any, folder: Path, longest: int,
     from align import assemble
     from align.build import build
     from align.forecast import forecast, most_memory
+    from align.model import attention as attention_of
     from align.model import load_tokenizer
     from align.recipe import read_recipe
     from data.preparation import Prepared, Split
@@ -142,7 +143,7 @@ def trained(objective: str, lora: bool, config: Any, folder: Path, longest: int,
     table = table_of(legs, steps * batch, longest, config.vocab_size)
     split = Split(table=table, where=[("made", i) for i in range(len(table))], prompts=np.arange(len(table)))
     prepared = Prepared(train=split, eval=None, report={"rows": {"read": len(table), "train": len(table), "eval": 0}})
-    plan = assemble.train_plan(recipe, table, share=True, pack=True)
+    plan = assemble.train_plan(recipe, table, share=True, way=attention_of(recipe.model, config))
     ahead = forecast(recipe, config, plan, table, steps)
     clock = Clock()
     if torch.cuda.is_available():

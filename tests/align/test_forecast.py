@@ -120,6 +120,7 @@ AHEAD = Forecast(
     useful_flops=2e12,
     reference=7.0,
     world=1,
+    share=True,
 )
 
 
@@ -226,7 +227,9 @@ def test_every_architecture_is_told_beforehand(tmp_path: Path, name: str):
     ahead = look_ahead(recipe, config, table)
     assert ahead.arithmetic > 0
     assert ahead.memory["weights"] > 4 * 96 * 32
+    assert ahead.share == (name != "mamba")
     assert (ahead.padding == 0) == (name not in ("mamba", "gemma2-window-softcaps"))
+    assert ("own copy of the prompt" in ahead.lines()[0]) == (name == "mamba")
 
 
 def test_experts_arithmetic_by_hand():

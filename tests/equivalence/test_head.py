@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from align.head import Chunks, HeadTransform, TargetScores
+from align.head import Chunks, HeadTransform, target_scores
 
 RESPONSES, HIDDEN, VOCABULARY = 7, 5, 11
 TRANSFORMS = (
@@ -52,8 +52,9 @@ def test_equals_autograd_over_full_logits(transform: HeadTransform, bias: bool, 
     given = inputs(bias=bias, frozen=frozen)
     upstream = torch.linspace(-2, 3, RESPONSES, dtype=torch.float64)
     wanted, squares = plainly(*given, transform)
-    found, own_squares = TargetScores.apply(*given, chunks)  # type: ignore[misc]
+    found, own_squares = target_scores(*given, chunks)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert own_squares is not None
     torch.testing.assert_close(own_squares, squares, rtol=1e-12, atol=1e-12)
     assert not own_squares.requires_grad
     trained = [each for each in given if each is not None and each.requires_grad]
@@ -68,7 +69,7 @@ def test_a_confident_token_keeps_its_small_slope_in_bfloat16(frozen: bool):
     states = torch.tensor([[1.0, 0.0]], dtype=torch.bfloat16, requires_grad=True)
     weight = torch.tensor([[8.0, 0.0], [0.0, 0.0], [0.0, 1.0]], dtype=torch.bfloat16, requires_grad=not frozen)
     chunks = Chunks(size=4, transform=HeadTransform(), squares=False)
-    logps, _ = TargetScores.apply(states, weight, None, torch.tensor([0]), chunks)  # type: ignore[misc]
+    logps, _ = target_scores(states, weight, None, torch.tensor([0]), chunks)
     logps.sum().backward()
     short = 1 - torch.softmax(torch.tensor([8.0, 0.0, 0.0]), 0)[0]
     assert states.grad is not None
@@ -81,7 +82,7 @@ def test_under_autocast_products_are_in_its_type(frozen: bool):
     chunks = Chunks(size=3, transform=HeadTransform(scale=0.5), squares=False)
     with torch.autocast("cpu", torch.bfloat16):
         wanted, _ = plainly(*given, chunks.transform)
-        found, _ = TargetScores.apply(*given, chunks)  # type: ignore[misc]
+        found, _ = target_scores(*given, chunks)
     assert found.dtype == torch.float32
     assert not torch.equal(found, plainly(*given, chunks.transform)[0])
     torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)
@@ -98,15 +99,16 @@ def test_nothing_as_wide_as_the_vocabulary_is_kept():
     chunks = Chunks(size=4, transform=HeadTransform(), squares=False)
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each.numel()) or each, lambda each: each):
-        TargetScores.apply(states, weight, None, torch.zeros(64, dtype=torch.long), chunks)  # type: ignore[misc]
-        TargetScores.apply(states, weight.requires_grad_(), None, torch.zeros(64, dtype=torch.long), chunks)  # type: ignore[misc]
+        target_scores(states, weight, None, torch.zeros(64, dtype=torch.long), chunks)
+        target_scores(states, weight.requires_grad_(), None, torch.zeros(64, dtype=torch.long), chunks)
     assert set(kept) == {64 * 8, weight.numel(), 64}
 
 
 def test_nothing_to_score():
     states, weight = torch.randn(0, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
     chunks = Chunks(size=4, transform=HeadTransform(), squares=False)
-    logps, _ = TargetScores.apply(states, weight, None, torch.zeros(0, dtype=torch.long), chunks)  # type: ignore[misc]
+    logps, _ = target_scores(states, weight, None, torch.zeros(0, dtype=torch.long), chunks)
     assert logps.shape == (0,)
     logps.sum().backward()
-    assert torch.equal(weight.grad, torch.zeros(5, 3))  # type: ignore[arg-type]
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.zeros(5, 3))
