@@ -73,6 +73,8 @@ def ours(options: argparse.Namespace, clock: Clock) -> list[float]:
     output.mkdir(parents=True)
     config, tokenizer = load_config(recipe.model), load_tokenizer(recipe.model)
     prepared = prepare(data_spec(recipe, max_length(recipe.data.max_length, config)), tokenizer)
+    if prepared.report["dropped"]:  # rows are told to TRL by their numbers
+        raise SystemExit(f"rows were dropped: {prepared.report['dropped']}")
     run = build(recipe, config, tokenizer, prepared, None, lambda line: None)
     trainer = run.trainer
     trainer.add_callback(callback(clock)())

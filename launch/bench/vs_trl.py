@@ -36,6 +36,8 @@ WARM_UP = 2
 MICRO_BATCHES = (1, 2, 4, 8)
 TOLERANCE = 1e-3
 """How far losses may be apart: float32 sums in another order, after some steps of both."""
+SPLIT_TOLERANCE = 0.01
+"""The same, as a share, where TRL's loss depends on how a step is split into microbatches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +133,9 @@ def compare(setup: Setup) -> dict[str, Any]:
     losses = {name: runs[0]["losses"] for name, runs in results.items()}
     for name in list(losses)[1:]:
         worst = max(abs(a - b) for a, b in zip(losses["ours"], losses[name], strict=True))
-        if worst > TOLERANCE:
+        # TRL's TPO averages a mean over tokens over microbatches, so with several of them its loss is a little another.
+        split = setup.case == "tpo" and name == "trl-best" and micro < setup.batch
+        if worst > (SPLIT_TOLERANCE * max(losses["ours"]) if split else TOLERANCE):
             raise SystemExit(f"{setup}: {name} computes other losses (up to {worst:.2g} apart): {losses}")
     useful = results["ours"][0]["filled"] / (setup.steps * setup.batch)
     summary = {name: summarised(setup, runs, useful) for name, runs in results.items()}

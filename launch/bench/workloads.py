@@ -94,7 +94,7 @@ def _pairs(case: str) -> Iterator[dict[str, Any]]:
     if case == "long":
         for row in _lines("alpaca_eval_scored"):
             best, second, *_, worst = row["responses"]
-            if len({each["text"] for each in (best, second, worst)}) == 3:
+            if len({each["text"].strip() for each in (best, second, worst)} - {""}) == 3:
                 texts = {"chosen": second, "rejected": worst, "reference": best}
                 prompt = f"Human: {row['prompt']}\n\nAssistant:"
                 yield {"prompt": prompt} | {name: f" {each['text']}" for name, each in texts.items()}
