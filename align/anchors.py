@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from align.engines import gathered, in_full, like, size
 from align.errors import RunError
 from objectives import Averaging, Penalty
 from objectives.modifiers import TRDPO
@@ -44,18 +45,19 @@ class InitialWeights:
         The gradients a step ends with are those of its whole loss on every rank, so nothing is left to divide by.
         """
         trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
-        count = sum(value.numel() for _, value in trained)
+        count = sum(size(value) for _, value in trained)
         totals: dict[str, Tensor] = {}
         for key, penalty in self.penalties.items():
             total = torch.zeros((), dtype=torch.float64)
             for name, value in trained:
-                moved = (value.detach() - self.initial[name].to(value.device)).requires_grad_()
+                initial = self.initial[name] = like(self.initial[name], value)
+                moved = (value.detach() - initial).requires_grad_()
                 with torch.enable_grad():
                     term = penalty.penalty(moved)
                 (slope,) = torch.autograd.grad(term, moved)
                 slope = slope * (penalty.coef / count)
                 value.grad = slope.to(value.dtype) if value.grad is None else value.grad.add_(slope)
-                total += term.detach().double().cpu()
+                total += in_full(term.detach()).double().cpu()
             totals[key] = total * (penalty.coef / count)
         return totals
 
@@ -66,11 +68,12 @@ class InitialWeights:
             for name, value in model.named_parameters():
                 if not value.requires_grad:
                     continue
-                if not self.with_adapter:
-                    value.copy_(averaging.averaged(value, self.initial[name]))
-                elif "lora_B" in name or "lora_embedding_B" in name:
-                    # The adapter starts with this factor at 0: the average of merged weights scales it.
-                    value.copy_(averaging.averaged(value, torch.zeros_like(value)))
+                with gathered(value, change=True):
+                    if not self.with_adapter:
+                        value.copy_(averaging.averaged(value, like(self.initial[name], value)))
+                    elif "lora_B" in name or "lora_embedding_B" in name:
+                        # The adapter starts with this factor at 0: the average of merged weights scales it.
+                        value.copy_(averaging.averaged(value, torch.zeros_like(value)))
 
 
 class MovingReference:
@@ -86,13 +89,25 @@ class MovingReference:
             return False
         own = dict(self.reference.named_parameters())
         for name, value in policy.named_parameters():
-            self.rule.sync(own[name], value)
+            with gathered(value), gathered(own[name], change=True):
+                self.rule.sync(own[name], value)
         return True
 
-    def save(self, folder: Path) -> None:
-        """Writes the reference into a checkpoint. Shared (tied) weights are one parameter and written once."""
-        weights = {name: value.detach().cpu().contiguous() for name, value in self.reference.named_parameters()}
-        save_file(weights, folder / REFERENCE_FILE)
+    def save(self, folder: Path, *, write: bool) -> None:
+        """Writes the reference into a checkpoint. Shared (tied) weights are one parameter and written once.
+
+        Args:
+            folder: of the checkpoint.
+            write: on one process. All have to call this, because each may hold a part.
+        """
+        weights: dict[str, Tensor] = {}
+        for name, value in self.reference.named_parameters():
+            with gathered(value):
+                whole = in_full(value.detach())
+                if write:
+                    weights[name] = whole.to("cpu", copy=True).contiguous()
+        if write:
+            save_file(weights, folder / REFERENCE_FILE)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
@@ -106,13 +121,5 @@ class MovingReference:
             raise RunError(f"{folder} holds no {REFERENCE_FILE}, so the synced reference is lost; start again")
         weights = load_file(path)
         for name, value in self.reference.named_parameters():
-            value.copy_(weights[name])
-
-
-def refuse_sharded(kind: str, what: Sequence[str]) -> None:
-    """Raises ``RunError`` where parameters are not whole on every process."""
-    if what and kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
-        raise RunError(
-            f"{' and '.join(what)} need whole parameters on every process, which {kind} does not keep; launch without "
-            "it, or leave them out"
-        )
+            with gathered(value, change=True):
+                value.copy_(like(weights[name], value))

@@ -15,6 +15,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from align.engines import rehearse_on_cpu
 from align.errors import RecipeError
 from align.model import PACKING, compute_dtype
 from align.recipe import Recipe
@@ -216,6 +217,8 @@ def training_arguments(recipe: Recipe, microbatches: int, *, evaluate: bool) -> 
         )
     except (ValueError, ImportError) as error:
         raise RecipeError(f"train: {_one_line(error)}; change that key") from None
+    if arguments.world_size > 1:  # which makes the process group
+        rehearse_on_cpu()
     try:
         Trainer.get_optimizer_cls_and_kwargs(arguments)  # imports the optimizer's package
     except (ValueError, ImportError) as error:

@@ -17,9 +17,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from align import checks
 from align import model as models
-from align.anchors import InitialWeights, MovingReference, refuse_sharded
+from align.anchors import InitialWeights, MovingReference
 from align.assemble import Say, bytes_to_save, total_steps, train_plan, training_arguments, world_size
 from align.density import DensityRatio
+from align.engines import size
 from align.errors import RunError
 from align.forward import causal_lm
 from align.recipe import Recipe
@@ -55,7 +56,7 @@ class Run:
 
     def bytes_to_save(self) -> int:
         """Disk the run will take."""
-        sizes = [(p.numel(), p.requires_grad) for p in self.trainer.wrapped.parameters()]
+        sizes = [(size(p), p.requires_grad) for p in self.trainer.wrapped.parameters()]
         steps = total_steps(self.recipe, self.trainer.batches.plan.steps_per_epoch)
         total, trained = sum(n for n, _ in sizes), sum(n for n, grad in sizes if grad)
         return bytes_to_save(self.recipe, total, trained, steps)
@@ -147,8 +148,8 @@ def build(
     trainer.live_reference = _live_reference(recipe, startup, trainer)
     if recipe.synced is not None:
         assert startup.frozen is not None
-        refuse_sharded(trainer.accelerator.distributed_type.name, ["tr_dpo"])
-        trainer.moving_reference = MovingReference(recipe.synced, startup.frozen())
+        reference = startup.frozen()  # as frozen_scorer has sharded it
+        trainer.moving_reference = MovingReference(recipe.synced, reference)
     return Run(
         recipe=recipe,
         prepared=prepared,

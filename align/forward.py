@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from align.engines import launched, shards_weights
 from align.head import HeadTransform
 from align.logps import PLAIN, Head, HeadExtras, chunked_scores, head_parameters
 from align.masks import masks_for
@@ -37,6 +38,20 @@ def bind(model: nn.Module) -> None:
         return embed_prompts(self, packed) if embed else score(self, packed, **options)
 
     model.forward = MethodType(forward, model)  # type: ignore[method-assign]
+    outputs = getattr(causal_lm(model), "get_output_embeddings", lambda: None)()
+    if outputs is not None:
+        _bind_head(outputs)
+
+
+def _bind_head(outputs: nn.Module) -> None:
+    """Lets the head score targets in a call of its own: what shards weights has them whole inside a module's call."""
+
+    def forward(self: Any, states: Tensor, *arguments: Any, scoring: Any = None, **options: Any) -> Any:
+        if scoring is not None:
+            return scoring(self, states)
+        return type(self).forward(self, states, *arguments, **options)  # of a copy too, as peft makes them
+
+    outputs.forward = MethodType(forward, outputs)  # type: ignore[method-assign]
 
 
 def causal_lm(model: nn.Module) -> Any:
@@ -71,17 +86,26 @@ def score(
     else:
         if batch.shared:
             states, outputs = _states(model, inner, batch, options)
-            weight, bias = head_parameters(inner.get_output_embeddings())
-            head = Head(states=states[batch.source], weight=weight, bias=bias, transform=HeadTransform.of(config))
+
+            def scoring(module: nn.Module, states: Tensor) -> dict[str, Any]:
+                weight, bias = head_parameters(module)
+                head = Head(states=states, weight=weight, bias=bias, transform=HeadTransform.of(config))
+                return _scored(head, batch, extras, keep_head)
+
+            found = inner.get_output_embeddings()(states[batch.source], scoring=scoring)
         else:
             # The original forward, not the bound one: this call does not pass ``packed``.
             outputs = model.forward(**_plain_inputs(batch), **options)
-            head = Head(states=outputs.logits.flatten(0, 1)[batch.source])
-        found = chunked_scores(head, batch.target, extras)
-        if keep_head:
-            found["head"] = head
+            found = _scored(Head(states=outputs.logits.flatten(0, 1)[batch.source]), batch, extras, keep_head)
     if options:
         found["router"] = _router_loss(outputs.router_logits, batch, config)
+    return found
+
+
+def _scored(head: Head, batch: PackedBatch, extras: HeadExtras, keep_head: bool) -> dict[str, Any]:
+    found: dict[str, Any] = chunked_scores(head, batch.target, extras)
+    if keep_head:
+        found["head"] = head.kept() if shards_weights(launched()) else head
     return found
 
 

@@ -13,7 +13,7 @@ soft-cap (Gemma-2).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,12 @@ class Head:
     def vocabulary(self) -> int:
         """Number of logits."""
         return (self.states.shape[1] if self.weight is None else self.weight.shape[0]) or 1
+
+    def kept(self) -> Head:
+        """The same with a copy of the weights, for engines that have them whole only while the head is called."""
+        if self.weight is None:
+            return self
+        return replace(self, weight=self.weight.clone(), bias=None if self.bias is None else self.bias.clone())
 
     def logits(self, states: Float[Tensor, "response hidden"]) -> Float[Tensor, "response vocab"]:
         """Of some of the states, in float32 or better."""

@@ -15,6 +15,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from align.engines import whole_weights
 from align.errors import RunError
 from align.forward import bind, causal_lm
 from align.sections import LoraSection, ModelSection
@@ -232,7 +233,7 @@ def load_weights(
     fallbacks = ["sdpa", "eager"] if section.attn_implementation == "auto" else []
     for implementation in dict.fromkeys([wanted, *fallbacks]):
         try:
-            with without_load_report() if fresh else contextlib.nullcontext():
+            with whole_weights(), without_load_report() if fresh else contextlib.nullcontext():
                 loaded: Any = kind.from_pretrained(
                     name,
                     revision=_revision(section, name),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from align import checks
 from align.density import DensityRatio
+from align.engines import prepare_frozen
 from align.errors import RunError
 from align.logps_store import StoredLogps
 from align.model import load_config, load_weights
@@ -168,7 +169,7 @@ def _refuse_not_finite(legs: Mapping[str, StoredLogps], name: Callable[[int], st
 
 def frozen_scorer(model: torch.nn.Module, trainer: ObjectiveTrainer) -> LiveReference:
     """Scores under a second model that training does not touch."""
-    model.requires_grad_(False).eval().to(trainer.args.device)
+    model = prepare_frozen(trainer.accelerator, model)
 
     def score(batch: PackedBatch, keep_head: bool) -> Mapping[str, Any]:
         with torch.no_grad(), trainer.compute_loss_context_manager(), trainer.accelerator.autocast():

@@ -29,7 +29,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from align.anchors import InitialWeights, MovingReference, refuse_sharded
+from align.anchors import InitialWeights, MovingReference
+from align.engines import consolidated, finite, size, steps_in_backward
 from align.errors import RunError
 from align.forward import causal_lm, dense, router_weight
 from align.logps import HeadExtras
@@ -115,7 +116,6 @@ class ObjectiveTrainer(Trainer):
             processing_class=processing_class,
             callbacks=[_Bookkeeping(self), *(callbacks or [])],
         )
-        refuse_sharded(self.accelerator.distributed_type.name, anchor.names if anchor is not None else ())
         self.loss_is_scaled_for_ga = True  # counts are of the whole step, so nothing is left to divide by
         self.router_coef = router_weight(causal_lm(model).config.get_text_config())
 
@@ -161,7 +161,7 @@ class ObjectiveTrainer(Trainer):
     @property
     def _forward_parameters(self) -> int:
         inner = causal_lm(self.unwrapped)
-        return sum(p.numel() for name, p in inner.named_parameters() if "embed" not in name and "wte" not in name)
+        return sum(size(p) for name, p in inner.named_parameters() if "embed" not in name and "wte" not in name)
 
     # ---- loss ----
 
@@ -253,9 +253,9 @@ class ObjectiveTrainer(Trainer):
         first = int(self.concatenate_over_ranks(mine)[: self.args.process_index].sum())
         step = {name: self.concatenate_over_ranks(torch.cat([part[name] for part in found])) for name in found[0]}
         placed = []
-        for batch, size in zip(batches, sizes, strict=True):
-            placed.append(replace(batch, step=step, place=torch.arange(first, first + size)))
-            first += size
+        for batch, rows in zip(batches, sizes, strict=True):
+            placed.append(replace(batch, step=step, place=torch.arange(first, first + rows)))
+            first += rows
         return placed
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -285,6 +285,8 @@ class ObjectiveTrainer(Trainer):
         for name, values in self.weighting.observe(legs).items():
             self._row_losses.setdefault(name, []).append(values)
         self._step_losses.append((inputs, loss.detach()))
+        if steps_in_backward(self.accelerator) and self.accelerator.sync_gradients:
+            self._refuse_bad_loss()
         self.rows_seen += len(inputs.rows)
         self.tokens_seen += inputs.useful_tokens
         return loss * self.args.world_size
@@ -292,8 +294,7 @@ class ObjectiveTrainer(Trainer):
     def finish_step(self) -> None:
         """Before the optimizer moves: refuses a loss that is not a number. Asks the device once per step."""
         if not self.args.max_grad_norm:  # else it was asked before clipping
-            self._refuse_bad_loss()
-            self._add_penalties()
+            self._look_at_step()
         self._step_losses = []
         observed = {name: self.sum_over_ranks(value) for name, value in self._observed.items()}
         if observed:
@@ -304,6 +305,11 @@ class ObjectiveTrainer(Trainer):
             self.weight_state = self.weighting.update(self.weight_state, losses)
         self._row_losses = {}
 
+    def _look_at_step(self) -> None:
+        if not steps_in_backward(self.accelerator):  # where it was too late after the last backward pass
+            self._refuse_bad_loss()
+        self._add_penalties()
+
     def _refuse_bad_loss(self) -> None:
         """Raises on every rank if the loss is not finite on any: one that went on alone would wait for the others."""
         losses = torch.stack([loss for _, loss in self._step_losses])
@@ -311,13 +317,12 @@ class ObjectiveTrainer(Trainer):
         if not bool(self.sum_over_ranks(torch.tensor(float(len(bad)), device=self.args.device))):
             return
         first = int(bad[0]) if len(bad) else 0
-        mine = self.name_bad_rows(self._step_losses[first][0], float(losses[first])) if len(bad) else ""
-        raise RunError(next(str(message) for message in self.gather(mine) if message))
+        message = self.name_bad_rows(self._step_losses[first][0], float(losses[first]))  # sharded: all take part
+        raise RunError(next(str(each) for each in self.gather(message if len(bad) else "") if each))
 
     def name_bad_rows(self, batch: PackedBatch, loss: float) -> str:
-        """What to say of a loss that is not a number: which rows it comes from."""
-        with torch.no_grad(), self.compute_loss_context_manager():
-            scores = self.unwrapped(packed=batch)  # the other ranks do not take part
+        """What to say of a loss that is not a number: which rows it comes from. Every process has to ask."""
+        scores = self.score(batch)
         if "values" in scores:
             finite = scores["values"].isfinite().all(-1).reshape(len(batch.legs), -1).all(0)
         else:
@@ -341,15 +346,16 @@ class ObjectiveTrainer(Trainer):
             self.meter.add_mean(f"loss/{name}", share, 1 / self.args.world_size)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        self._refuse_bad_loss()  # which knows the rows; a gradient is of all of them
-        self._add_penalties()
+        self._look_at_step()  # which knows the rows; a gradient is of all of them
         norm = super()._clip_grad_norm(model)
-        if norm is not None and not bool(torch.as_tensor(norm).isfinite()):
+        if norm is not None and not finite(norm):
             rows = [int(row) for batch, _ in self._step_losses for row in batch.rows]
             names = "; ".join(self.row_name(row) for row in rows[:5])
+            moved = steps_in_backward(self.accelerator)
+            outcome = "the weights are lost, resume from the last checkpoint" if moved else "nothing was updated"
             raise RunError(
                 f"the gradient norm is {float(norm)} at step {self.state.global_step + 1}, with rows {names} …;"
-                " nothing was updated. Lower train.learning_rate or check these rows"
+                f" {outcome}. Lower train.learning_rate or check these rows"
             )
         return norm
 
@@ -464,6 +470,18 @@ class ObjectiveTrainer(Trainer):
 
     # ---- checkpoints ----
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Whole weights or the adapter, which ``from_pretrained`` reads, on every engine.
+
+        Checkpoints of FSDP have the weights in shards, and not whole as well.
+        """
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+        elif not _internal_call:
+            state = consolidated(self.accelerator, self.wrapped)
+            if self.args.should_save:
+                self._save(output_dir or str(self.run_dir), state_dict=state)
+
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
         return str(Path(folder) / PARTIAL) if self._saving else folder
@@ -487,14 +505,14 @@ class ObjectiveTrainer(Trainer):
     def _write_checkpoint(self, model: nn.Module, trial: Any, name: str, meter: dict[str, Any]) -> None:
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
+        run_dir = self.run_dir
+        partial = run_dir / PARTIAL / name
+        if self.moving_reference is not None:
+            self.moving_reference.save(partial, write=self.args.should_save)
         if self.args.should_save:
-            run_dir = self.run_dir
-            partial = run_dir / PARTIAL / name
             (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle of settings the recipe holds anyway
             (partial / STATE).write_text(json.dumps(self._state_to_json() | {"meter": meter}))
             (partial / RECIPE).write_text(self.recipe_yaml)
-            if self.moving_reference is not None:
-                self.moving_reference.save(partial)
             write_manifest(partial)
             publish(partial, run_dir / name)
             partial.parent.rmdir()

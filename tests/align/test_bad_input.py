@@ -28,8 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertFo
 
 from align import model as models
 from align import saving, startup
-from align.anchors import refuse_sharded
-from align.errors import RecipeError, RunError
+from align.errors import RecipeError
 from align.keys import NAMED
 from align.recipe import read_recipe
 from align.sections import SECTIONS
@@ -2080,15 +2079,6 @@ def test_a_package_that_an_optimizer_lacks(
     assert main(command("--optim adamw_8bit")) == 2
     assert_says(sentence(capsys), ["train.optim adamw_8bit", "install `bitsandbytes`", "adamw_torch"])
     assert not loaded
-
-
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
-def test_engines_that_shard_parameters(kind: str) -> None:
-    with pytest.raises(RunError) as raised:
-        refuse_sharded(kind, ["l2_init", "wise_ft"])
-    assert_says(str(raised.value), ["l2_init and wise_ft need whole parameters", kind, "launch without it, or leave"])
-    refuse_sharded(kind, [])
-    refuse_sharded("MULTI_GPU", ["l2_init"])
 
 
 # ---- disks ----

@@ -43,6 +43,7 @@ def launch(
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert f"on each of {processes} processes" in done.stdout  # else the test compares a thing with itself
     return [json.loads(line) for line in (folder / output / "metrics.jsonl").read_text().splitlines()]
 
 

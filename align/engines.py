@@ -1,0 +1,152 @@
+"""What differs between the engines that a run can be launched on: one process, DDP, DeepSpeed's ZeRO and FSDP2.
+
+The trainer, the forward and the objectives do not know them. What has to be known stands here:
+
+    DeepSpeed  the optimizer steps inside the backward pass of a step's last microbatch; under ZeRO-3 a parameter holds
+               nothing between uses, and its size is in ``ds_numel``
+    FSDP2      parameters are DTensors, of which every process has a part
+
+Weights are read whole on every process and sharded when the trainer wraps them: which path is fast and right is found
+out on the whole model, and its fingerprint is taken of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def launched() -> str:
+    """The engine that ``accelerate launch`` was told to use: ``zero1``, ``zero2``, ``zero3``, ``fsdp2``, ``ddp`` or
+    ``single``."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        return f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        return f"fsdp{os.environ.get('FSDP_VERSION', '1')}"
+    return "ddp" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "single"
+
+
+def shards_weights(engine: str) -> bool:
+    """Whether a process holds a part of the weights only."""
+    return engine in ("zero3", "fsdp2")
+
+
+def steps_in_backward(accelerator: Any) -> bool:
+    """Whether the optimizer moves in the backward pass, so that nothing can be looked at in between."""
+    return accelerator.distributed_type.name == "DEEPSPEED"
+
+
+def discarded_gradients(accelerator: Any, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """For a backward pass whose gradients are deleted: not summed over processes where that can be left out.
+
+    FSDP2 keeps gradients that it has not summed yet beside ``grad``, where nothing deletes them.
+    """
+    return contextlib.nullcontext() if accelerator.distributed_type.name == "FSDP" else accelerator.no_sync(model)
+
+
+def size(parameter: Tensor) -> int:
+    """Elements of a parameter, wherever they are."""
+    return int(getattr(parameter, "ds_numel", None) or parameter.numel())
+
+
+@contextlib.contextmanager
+def whole_weights() -> Iterator[None]:
+    """Models loaded here are not partitioned as they are read, as transformers does it under ZeRO-3."""
+    from transformers.integrations import deepspeed
+
+    held = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = held
+
+
+def prepare_frozen(accelerator: Any, model: Any) -> nn.Module:
+    """A model that is only asked, sharded as the policy is."""
+    kind = accelerator.distributed_type.name
+    model.requires_grad_(False).eval()
+    if kind == "FSDP":
+        from accelerate.utils import fsdp_utils
+
+        fsdp_utils.fsdp2_prepare_model(accelerator, model)  # in place
+        return model
+    if kind == "DEEPSPEED":
+        return _frozen_by_deepspeed(accelerator, model)
+    return model.to(accelerator.device)
+
+
+def _frozen_by_deepspeed(accelerator: Any, model: nn.Module) -> nn.Module:
+    import copy
+
+    import deepspeed
+
+    config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
+    if config["zero_optimization"]["stage"] != 3:
+        return model.to(accelerator.device)
+    for key in ("optimizer", "scheduler"):
+        config.pop(key, None)
+    config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0}
+    config.pop("train_batch_size", None)
+    config["zero_optimization"].pop("offload_optimizer", None)
+    for key in ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"):
+        if config["zero_optimization"].get(key) == "auto":
+            config["zero_optimization"].pop(key)
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine.eval()
+    return engine
+
+
+@contextlib.contextmanager
+def gathered(*parameters: Tensor, change: bool = False) -> Iterator[None]:
+    """Lets ZeRO-3's parameters be read, and changed: what the first process writes counts. Others are there anyhow."""
+    if not any(hasattr(each, "ds_id") for each in parameters):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if change else None):
+        yield
+
+
+def like(whole: Tensor, parameter: Tensor) -> Tensor:
+    """This process's part of a whole tensor, as the parameter has it."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if isinstance(whole, DTensor) or not isinstance(parameter, DTensor):
+        return whole.to(parameter.device)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(whole.to(parameter.device), mesh, placements, src_data_rank=None)
+
+
+def in_full(values: Any) -> Any:
+    """All of a DTensor, on every process; anything else as it is."""
+    full_tensor = getattr(values, "full_tensor", None)
+    return full_tensor() if callable(full_tensor) else values
+
+
+def consolidated(accelerator: Any, model: nn.Module) -> dict[str, Tensor]:
+    """Whole weights on the first process, in host memory; every process has to call it."""
+    return accelerator.get_state_dict(model)
+
+
+def finite(norm: Any) -> bool:
+    """Whether a gradient norm is a number: as a tensor, a DTensor or what DeepSpeed reports."""
+    return bool(torch.as_tensor(in_full(norm)).isfinite())
+
+
+def rehearse_on_cpu() -> None:
+    """Lets FSDP2 run on CPU processes, as rehearsals do.
+
+    accelerate 1.15 shards on accelerators only, and trains replicas where it was told to shard on CPUs. To be called
+    when the process group is there and the Accelerator is not.
+    """
+    from accelerate import DistributedType, PartialState
+
+    if launched() == "fsdp2" and not torch.cuda.is_available():
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU

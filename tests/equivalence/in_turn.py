@@ -1,0 +1,46 @@
+"""Runs several recipes one after the other in the same processes, because starting an engine takes longer than a run.
+
+    accelerate launch --config_file … -m tests.equivalence.in_turn CASES.json
+
+``CASES.json`` holds a list of {"name", "words", "cache", "logits_per_chunk"}; what became of each is written beside it,
+into ``NAME.rank.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+
+def run(case: dict[str, Any]) -> dict[str, Any]:
+    """One recipe; its exit status, or what it raised."""
+    from align import logps
+    from align.train import main
+
+    os.environ["ALIGN_CACHE"] = case["cache"]
+    unset_hf_deepspeed_config()  # of the case before
+    standard = logps.LOGITS_PER_CHUNK
+    logps.LOGITS_PER_CHUNK = case.get("logits_per_chunk") or standard
+    try:
+        return {"status": main(case["words"])}
+    except Exception:
+        return {"status": -1, "raised": traceback.format_exc()}
+    finally:
+        logps.LOGITS_PER_CHUNK = standard
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    path = Path(sys.argv[1])
+    for each in json.loads(path.read_text()):
+        found = run(each) | {"processes": int(os.environ.get("WORLD_SIZE", "1"))}
+        (path.parent / f"{each['name']}.{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
+        if found["status"] == -1:  # the other processes may wait for this one
+            sys.exit(found["raised"])
