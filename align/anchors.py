@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from align.engines import gathered, in_full, like, size
+from align.engines import gathered, in_full, like, put_back, size
 from align.errors import RunError
 from objectives import Averaging, Penalty
 from objectives.modifiers import TRDPO
@@ -64,6 +64,7 @@ class InitialWeights:
     @torch.no_grad()
     def average(self, model: nn.Module) -> None:
         """Puts the averaged weights in place of the trained ones."""
+        put_back(model)
         for averaging in self.averages:
             for name, value in model.named_parameters():
                 if not value.requires_grad:
@@ -87,6 +88,7 @@ class MovingReference:
         """Moves the reference if it is time; says whether it did."""
         if step % self.rule.sync_steps:
             return False
+        put_back(self.reference)
         own = dict(self.reference.named_parameters())
         for name, value in policy.named_parameters():
             with gathered(value), gathered(own[name], change=True):
@@ -100,6 +102,7 @@ class MovingReference:
             folder: of the checkpoint.
             write: on one process. All have to call this, because each may hold a part.
         """
+        put_back(self.reference)
         weights: dict[str, Tensor] = {}
         for name, value in self.reference.named_parameters():
             with gathered(value):

@@ -209,6 +209,8 @@ def training_arguments(recipe: Recipe, microbatches: int, *, evaluate: bool) -> 
             run_name=train.run_name,
             use_cpu=on_cpu,
             ddp_backend="gloo" if on_cpu and world_size() > 1 else None,
+            # Later than our own, which says more; the first batch of a large model may compile for minutes.
+            ddp_timeout=train.ddp_timeout + 60,
             ddp_find_unused_parameters=False,
             remove_unused_columns=False,
             label_names=[],

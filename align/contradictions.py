@@ -40,6 +40,11 @@ _IDLE = (
      lambda v: not _get(v, "data", "eval_dataset_name")),
     ("data.eval_dataset_config", "there is no data.eval_dataset_name", ("data.eval_dataset_name",),
      lambda v: not _get(v, "data", "eval_dataset_name")),
+    *(
+        (f"model.{key}", "model.load_in_4bit is false", ("model.load_in_4bit",),
+         lambda v: not _get(v, "model", "load_in_4bit"))
+        for key in ("bnb_4bit_quant_type", "use_bnb_nested_quant")
+    ),
     ("data.threshold", "data.rule is not threshold", ("data.rule",),
      lambda v: _get(v, "data", "rule") != "threshold"),
     ("hub.hub_private_repo", "hub.push_to_hub is false", ("hub.push_to_hub",),
@@ -102,6 +107,12 @@ def refuse_contradictions(recipe: Recipe, values: Mapping[str, Any], written: Ma
         raise RecipeError("reference.model base is the model without its adapter and needs a lora section; use initial")
     if recipe.reference.model == "base" and recipe.reference.source == "live":
         raise RecipeError("reference.source live loads a second model, and base needs none; use adapter_off or cached")
+    if recipe.model.quantized and recipe.lora is None:
+        raise RecipeError("model.load_in_4bit and load_in_8bit freeze weights and need a lora section")
+    if recipe.model.quantized and recipe.mixture.needs.values:
+        raise RecipeError(
+            "model.load_in_4bit and load_in_8bit are for language models, not for reward models"
+        )
     if recipe.lora is not None:
         if recipe.lora.lora_dropout > 0 and not recipe.train.allow_dropout:
             raise RecipeError("lora.lora_dropout has no effect while train.allow_dropout is false; set one of the two")
@@ -121,6 +132,8 @@ def refuse_contradictions(recipe: Recipe, values: Mapping[str, Any], written: Ma
             raise RecipeError(f"data.{own[0]} has no effect beside data.datasets; write it inside each dataset")
     if recipe.train.eval_strategy == "steps" and recipe.train.eval_steps is None:
         raise RecipeError("train.eval_strategy steps needs train.eval_steps")
+    if recipe.train.allow_recipe_change and not recipe.train.resume_from_checkpoint:
+        raise RecipeError("train.allow_recipe_change has no effect without train.resume_from_checkpoint; leave it out")
     if recipe.train.resume_from_checkpoint and recipe.train.overwrite_output_dir:
         raise RecipeError("train.overwrite_output_dir would delete the checkpoint to resume from; set one of the two")
 

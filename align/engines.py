@@ -114,6 +114,14 @@ def gathered(*parameters: Tensor, change: bool = False) -> Iterator[None]:
         yield
 
 
+def put_back(model: nn.Module) -> None:
+    """Parameters as shards, where FSDP2 has kept some whole after a forward pass that no backward pass followed."""
+    for module in model.modules():
+        reshard = getattr(module, "reshard", None)
+        if callable(reshard):
+            reshard()
+
+
 def like(whole: Tensor, parameter: Tensor) -> Tensor:
     """This process's part of a whole tensor, as the parameter has it."""
     from torch.distributed.tensor import DTensor, distribute_tensor

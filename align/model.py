@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import pickle
 import re
@@ -243,6 +244,7 @@ def load_weights(
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,  # so that they are ours to name, below
                     **({"config": with_head(config, values, name)} if values else {}),
+                    **_quantization(section, dtype),
                 )
             model, info = loaded
             break
@@ -267,6 +269,23 @@ def load_weights(
             "copy or download the model again"
         )
     return model
+
+
+def _quantization(section: ModelSection, dtype: torch.dtype) -> dict[str, Any]:
+    """What ``from_pretrained`` needs to quantize while it reads."""
+    if not section.quantized:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=section.load_in_4bit,
+            load_in_8bit=section.load_in_8bit,
+            bnb_4bit_quant_type=section.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=section.use_bnb_nested_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    }
 
 
 def policy(
@@ -301,6 +320,8 @@ def check_before_loading(recipe: Recipe, config: PretrainedConfig) -> None:
             reference is not there, or a module that ``lora`` names is not in the model.
     """
     attention(recipe.model, config)
+    if recipe.model.quantized and importlib.util.find_spec("bitsandbytes") is None:
+        raise RunError("model.load_in_4bit and load_in_8bit need bitsandbytes; pip install 'bitsandbytes>=0.50'")
     values = recipe.mixture.needs.values
     if values:
         with_head(config, values, recipe.model.model_name_or_path)

@@ -104,7 +104,8 @@ class Recipe:
             if getattr(self, name) is not None
         }
         # How this run was started, not what it is; run again from its own recipe it must not delete itself.
-        del sections["train"]["resume_from_checkpoint"], sections["train"]["overwrite_output_dir"]
+        for key in ("resume_from_checkpoint", "overwrite_output_dir", "allow_recipe_change"):
+            del sections["train"][key]
         if not self.needs_reference:
             del sections["reference"]
         if sections["data"]["datasets"] is not None:
@@ -128,6 +129,9 @@ class Recipe:
         held_out = self.data.eval_dataset_name is not None or self.data.eval_share > 0
         if sections["train"]["eval_strategy"] != "no" and not held_out:
             del sections["train"]["eval_strategy"]
+        if not self.model.load_in_4bit:
+            for key in ("bnb_4bit_quant_type", "use_bnb_nested_quant"):
+                del sections["model"][key]
         if (lora := sections.get("lora")) and lora["adapter_name_or_path"]:
             sections["lora"] = {"adapter_name_or_path": lora["adapter_name_or_path"]}
         named: dict[str, Any] = {

@@ -34,7 +34,8 @@ LEFT_BY_RUNS = (
 
 MAY_DIFFER = {
     "train": {
-        "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_strategy", "save_steps",
+        "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "allow_recipe_change", "ddp_timeout",
+        "save_strategy", "save_steps",
         "save_total_limit", "token_budget", "gradient_checkpointing",
         "report_to", "run_name", "dataloader_num_workers", "eval_strategy", "eval_steps",
     },
@@ -97,27 +98,68 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted((p for p in found if (p / MANIFEST).is_file()), key=lambda path: int(path.name.split("-")[1]))
 
 
-def find_checkpoint(wanted: str, output_dir: Path) -> Path:
-    """The folder that ``train.resume_from_checkpoint`` means.
+def find_checkpoint(wanted: str, output_dir: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint that ``train.resume_from_checkpoint`` means, verified.
+
+    Returns:
+        Its folder, or None where ``auto`` found none; and why newer ones were passed over.
+    Raises:
+        RunError: there is none, or the one that was named is damaged.
+    """
+    if wanted not in ("last", "auto"):
+        folder = Path(wanted)
+        if not folder.is_dir():
+            raise RunError(f"train.resume_from_checkpoint: there is no folder {wanted!r}; use last for the newest one")
+        verify(folder)
+        return folder, []
+    skipped = []
+    for folder in reversed(checkpoints(output_dir)):
+        try:
+            verify(folder)
+            return folder, skipped
+        except RunError as error:
+            skipped.append(f"{folder.name} was passed over: {str(error).partition(';')[0]}")
+    if wanted == "auto" and not skipped:
+        return None, []
+    raise RunError(
+        f"train.resume_from_checkpoint {wanted}: {output_dir} holds no complete checkpoint"
+        + (f" ({'; '.join(skipped)}); choose another output_dir" if skipped else "; leave the key out")
+    )
+
+
+def refuse_other_engine(folder: Path, engine: str, processes: int) -> str | None:
+    """What changes when a checkpoint is gone on from with other processes than wrote it; None where nothing does.
 
     Raises:
-        RunError: there is none.
+        RunError: this engine can't read what that one wrote.
     """
-    if wanted == "last":
-        complete = checkpoints(output_dir)
-        if not complete:
-            raise RunError(
-                f"train.resume_from_checkpoint last: {output_dir} holds no complete checkpoint; leave the key out"
-            )
-        return complete[-1]
-    folder = Path(wanted)
-    if not folder.is_dir():
-        raise RunError(f"train.resume_from_checkpoint: there is no folder {wanted!r}; use last for the newest one")
-    return folder
+    stored = json.loads((folder / STATE).read_text())
+    was, count = stored.get("engine", engine), int(stored.get("processes", processes))
+    replicas = ("single", "ddp")
+    if was != engine and not (was in replicas and engine in replicas):
+        raise RunError(
+            f"{folder} was written by {was} and this run is launched with {engine}, which stores optimizers otherwise; "
+            f"launch with {was}, or train on from the weights (python -m align.export {folder} OUT)"
+        )
+    if count != processes and engine.startswith("zero"):
+        raise RunError(
+            f"{folder} was written by {count} processes and DeepSpeed can't divide its optimizer among {processes}; "
+            f"launch {count}, or train on from the weights (python -m align.export {folder} OUT)"
+        )
+    if count == processes:
+        return None
+    return (
+        f"{count} processes wrote this checkpoint and {processes} go on from it: steps keep their rows and order, sums "
+        "are added in another order"
+    )
 
 
-def refuse_other_recipe(folder: Path, resolved: Mapping[str, Any]) -> None:
-    """Raises ``RunError`` listing the keys in which a checkpoint's recipe differs, where that changes numbers."""
+def refuse_other_recipe(folder: Path, resolved: Mapping[str, Any], *, allowed: bool = False) -> list[str]:
+    """The keys in which a checkpoint's recipe differs, where that changes numbers.
+
+    Raises:
+        RunError: there are such keys, and that is not allowed.
+    """
     try:
         stored = yaml.safe_load((folder / RECIPE).read_text())
     except (OSError, ValueError, yaml.YAMLError):
@@ -129,8 +171,12 @@ def refuse_other_recipe(folder: Path, resolved: Mapping[str, Any]) -> None:
         for path, was, now in _differences(stored, resolved)
         if path.split(".")[-1] not in MAY_DIFFER.get(path.split(".")[0], set())
     ]
-    if differing:
-        raise RunError(f"{folder} belongs to another recipe: {'; '.join(differing[:5])}; start a new output_dir")
+    if differing and not allowed:
+        raise RunError(
+            f"{folder} belongs to another recipe: {'; '.join(differing[:5])}; start a new output_dir, or go on with "
+            "these changes with --allow_recipe_change"
+        )
+    return differing
 
 
 def refuse_other_rows(folder: Path, fingerprint: str) -> None:
@@ -158,6 +204,12 @@ def _differences(stored: Any, resolved: Any, path: str = "") -> list[tuple[str, 
             for entry in _differences(was, now, f"{path}.{i}")
         ]
     return [] if stored == resolved else [(path, stored, resolved)]
+
+
+def unfinished(output_dir: Path) -> bool:
+    """Whether a run has begun in the folder and got neither to a checkpoint nor to its end."""
+    begun = (output_dir / RECIPE).exists()
+    return begun and not checkpoints(output_dir) and not (output_dir / "report.html").exists()
 
 
 def refuse_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> None:

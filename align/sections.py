@@ -31,6 +31,23 @@ class ModelSection:
     """File with a Jinja chat template that replaces the tokenizer's."""
     trust_remote_code: bool = False
     """Whether code that comes with the model may be run."""
+    load_in_4bit: bool = False
+    """QLoRA: frozen linear layers in 4 bits (bitsandbytes), arXiv:2305.14314. Takes a lora section."""
+    load_in_8bit: bool = False
+    """Frozen linear layers in 8 bits (bitsandbytes), arXiv:2208.07339. Takes a lora section."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """Values that 4 bits stand for."""
+    use_bnb_nested_quant: bool = False
+    """Quantize the scales of 4-bit blocks as well: 0.4 bits a weight less."""
+
+    def __post_init__(self) -> None:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit exclude each other; set one of the two")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether frozen weights are kept in fewer bits."""
+        return self.load_in_4bit or self.load_in_8bit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +182,10 @@ class TrainSection:
     overwrite_output_dir: bool = False
     """Delete what a former run left in output_dir."""
     resume_from_checkpoint: str | None = None
-    """A checkpoint folder, or last for the newest complete one in output_dir."""
+    """A checkpoint folder; last for the newest complete one in output_dir; auto for the same, or a start from the
+    beginning where there is none."""
+    allow_recipe_change: bool = False
+    """Go on from a checkpoint of another recipe: what differs is told, and holds from there on."""
     learning_rate: float = 1e-6
     """Peak learning rate, > 0."""
     rows_per_step: int = 64
@@ -211,6 +231,8 @@ class TrainSection:
     """Steps between checkpoints, with save_strategy steps; below 1 a share of all steps."""
     save_total_limit: int | None = 2
     """Keep this many checkpoints."""
+    ddp_timeout: int = 1800
+    """Seconds without progress after which processes that wait for another one say which, and end the run."""
     dataloader_num_workers: int = 0
     """Processes that prepare batches beside the training process."""
     report_to: list[str] = field(default_factory=list)
@@ -233,7 +255,7 @@ class TrainSection:
             share or self.save_steps in range(1, 2**31),
             "a whole number >= 1, or a share below 1",
         )
-        at_least_one = ("rows_per_step", "token_budget", "logging_steps")
+        at_least_one = ("rows_per_step", "token_budget", "logging_steps", "ddp_timeout")
         for key in at_least_one:
             require(key, getattr(self, key), getattr(self, key) == "auto" or getattr(self, key) >= 1, ">= 1")
         for key in ("adam_beta1", "adam_beta2"):

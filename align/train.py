@@ -14,13 +14,14 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from align.errors import RecipeError, RunError
+from align.lifetime import SAVED, Preempted
 from align.recipe import Recipe, read_recipe
 from align.sections import SECTIONS
 from data.errors import DataError
@@ -35,7 +36,12 @@ MALLOC_OPTIONS = ((-4, 0), (-1, 2**31 - 1), (-2, 2**26))
 
 
 def main(arguments: Sequence[str] | None = None, measure: Measure | None = None) -> int:
-    """Runs one recipe. Returns the exit status: 0, or 2 after one sentence on what is wrong."""
+    """Runs one recipe.
+
+    Returns:
+        The exit status: 0; 2 after one sentence on what is wrong; 75 where SIGTERM asked the run to stop and a
+        checkpoint was written; 74 where a process waited for another one in vain; 130 after Ctrl-C.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or "--help" in words or "-h" in words:
         print(usage())
@@ -50,6 +56,9 @@ def main(arguments: Sequence[str] | None = None, measure: Measure | None = None)
         who = "" if first else f"[process {os.environ['RANK']}] "
         tqdm.write(f"{who}error: {error}", file=sys.stderr)  # on a line of its own, where a progress bar stands
         return 2
+    except Preempted as stopped:
+        tqdm.write(str(stopped), file=sys.stderr)
+        return SAVED
     except KeyboardInterrupt:
         print("stopped; go on from the last checkpoint with --resume_from_checkpoint last", file=sys.stderr, flush=True)
         return 130
@@ -127,6 +136,7 @@ def run(recipe: Recipe, command: str = "", measure: Measure | None = None, *, on
         The run directory.
     Raises:
         RecipeError, DataError, RunError: one sentence on what is wrong and what to do.
+        Preempted: the run was asked to stop by SIGTERM, and has left a checkpoint.
     """
     first = os.environ.get("RANK", "0") == "0"
     say: Callable[[str], None] = (lambda line: print(line, flush=True)) if first else lambda line: None
@@ -136,7 +146,7 @@ def run(recipe: Recipe, command: str = "", measure: Measure | None = None, *, on
     keep_freed_memory()
 
     # Imported here, so that a misspelt key is answered at once.
-    from align import assemble, density, saving
+    from align import assemble, density, engines, saving, support
     from align import model as models
     from align.build import build
     from align.forecast import ForecastError, look_ahead, most_memory
@@ -148,13 +158,22 @@ def run(recipe: Recipe, command: str = "", measure: Measure | None = None, *, on
     # What can be refused without reading a weight is refused now.
     assemble.check_names(recipe)
     output_dir, overwrite = Path(recipe.train.output_dir), recipe.train.overwrite_output_dir
-    checkpoint = None
+    support.refuse(recipe, engines.launched())
+    checkpoint, again = None, False
     if recipe.train.resume_from_checkpoint is not None:
-        checkpoint = saving.find_checkpoint(recipe.train.resume_from_checkpoint, output_dir)
-        saving.verify(checkpoint)
-        saving.refuse_other_recipe(checkpoint, recipe.resolved())
+        checkpoint, skipped = saving.find_checkpoint(recipe.train.resume_from_checkpoint, output_dir)
+        again = checkpoint is None and saving.unfinished(output_dir)
+        for line in skipped:
+            say(f"resume: {line}")
+    if checkpoint is not None:
+        allowed = recipe.train.allow_recipe_change
+        for line in saving.refuse_other_recipe(checkpoint, recipe.resolved(), allowed=allowed):
+            say(f"resume: {line}")
+        other = saving.refuse_other_engine(checkpoint, engines.launched(), assemble.world_size())
+        if other is not None:
+            say(f"resume: {other}")
     if first:
-        saving.refuse_output_dir(output_dir, overwrite=overwrite, resume=checkpoint is not None)
+        saving.refuse_output_dir(output_dir, overwrite=overwrite or again, resume=checkpoint is not None)
     run_directory.check_hub(recipe)
     config = models.load_config(recipe.model)
     tokenizer = models.load_tokenizer(recipe.model)
@@ -182,7 +201,7 @@ def run(recipe: Recipe, command: str = "", measure: Measure | None = None, *, on
     if checkpoint is not None:
         saving.refuse_other_rows(checkpoint, prepared.train.table.fingerprint())
     if first:
-        saving.claim_output_dir(output_dir, overwrite=overwrite)
+        saving.claim_output_dir(output_dir, overwrite=overwrite or again)
         saving.require_space(output_dir, assemble.bytes_needed(recipe), "the weights with their checkpoints")
 
     # From here on it costs something.
@@ -191,11 +210,16 @@ def run(recipe: Recipe, command: str = "", measure: Measure | None = None, *, on
     trainer = ready.trainer
     if first:
         saving.require_space(output_dir, ready.bytes_to_save(), "the weights with their checkpoints")
-    with saving.explained(output_dir):
+    with saving.explained(output_dir), watched(trainer, recipe.train.ddp_timeout), trainer.stop_signal.listening():
         if first:
             run_directory.begin(ready, output_dir, checkpoint, held_out, say)
         measured = list(measure(trainer.model, tokenizer, 0)) if first and measure is not None else []
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if trainer.state.global_step < trainer.state.max_steps:
+            raise Preempted(
+                f"stopped by SIGTERM; checkpoint-{trainer.state.global_step} is complete: go on with "
+                "--resume_from_checkpoint last (or auto, which also starts)"
+            )
         anchor = trainer.anchor
         averaged = anchor is not None and bool(anchor.averages)
         if anchor is not None:
@@ -215,6 +239,22 @@ def run(recipe: Recipe, command: str = "", measure: Measure | None = None, *, on
             run_directory.finish(ready, output_dir, results, command, say)
     trainer.accelerator.wait_for_everyone()
     return output_dir
+
+
+@contextlib.contextmanager
+def watched(trainer: Any, limit: float) -> Iterator[None]:
+    """Ends the process when it has waited for another one for too long."""
+    from align.lifetime import watchdog
+
+    trainer.watchdog = watchdog(limit)
+    if trainer.watchdog is None:
+        yield
+        return
+    trainer.watchdog.start()
+    try:
+        yield
+    finally:
+        trainer.watchdog.stop()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,9 +30,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from align.anchors import InitialWeights, MovingReference
-from align.engines import consolidated, finite, size, steps_in_backward
+from align.engines import consolidated, finite, launched, size, steps_in_backward
 from align.errors import RunError
 from align.forward import causal_lm, dense, router_weight
+from align.lifetime import StopSignal, Watchdog
 from align.logps import HeadExtras
 from align.meter import Meter
 from align.saving import PARTIAL, RECIPE, STATE, explained, publish, write_manifest
@@ -97,6 +98,7 @@ class ObjectiveTrainer(Trainer):
         self.objective_state: dict[str, Tensor] = mixture.init_state()
         self.weight_state: dict[str, Tensor] = weighting.init_state()
         self._observed: dict[str, Tensor] = {}
+        self._summed: dict[str, Tensor] = {}
         self._row_losses: dict[str, list[Tensor]] = {}
         self.anchor, self.outputs = anchor, tuple(outputs)
         self.moving_reference: MovingReference | None = None
@@ -104,6 +106,8 @@ class ObjectiveTrainer(Trainer):
         self.extras = HeadExtras(names=mixture.needs.extras, numbers=on_device)
         self.meter = Meter()
         self.resumed = False
+        self.stop_signal, self.stopping = StopSignal(), False
+        self.watchdog: Watchdog | None = None
         self.rows_seen = self.tokens_seen = 0
         self._step_losses: list[tuple[PackedBatch, Tensor]] = []
         self._saving = False
@@ -274,6 +278,7 @@ class ObjectiveTrainer(Trainer):
         self, model: nn.Module, inputs: PackedBatch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """This microbatch's share of the step's loss, times the number of processes."""
+        self.note(f"forward and backward of step {self.state.global_step + 1}")
         output, legs, anchor = self.compute_output(model, inputs)
         loss = output.loss(inputs.counts) + anchor
         self.meter.add(output, legs.counts())
@@ -286,7 +291,7 @@ class ObjectiveTrainer(Trainer):
             self._row_losses.setdefault(name, []).append(values)
         self._step_losses.append((inputs, loss.detach()))
         if steps_in_backward(self.accelerator) and self.accelerator.sync_gradients:
-            self._refuse_bad_loss()
+            self._agree()
         self.rows_seen += len(inputs.rows)
         self.tokens_seen += inputs.useful_tokens
         return loss * self.args.world_size
@@ -296,10 +301,9 @@ class ObjectiveTrainer(Trainer):
         if not self.args.max_grad_norm:  # else it was asked before clipping
             self._look_at_step()
         self._step_losses = []
-        observed = {name: self.sum_over_ranks(value) for name, value in self._observed.items()}
-        if observed:
-            self.objective_state = self.mixture.update(self.objective_state, observed)
-        self._observed = {}
+        if self._summed:
+            self.objective_state = self.mixture.update(self.objective_state, self._summed)
+        self._observed, self._summed = {}, {}
         if self.weighting.parts:
             losses = {name: self.concatenate_over_ranks(torch.cat(values)) for name, values in self._row_losses.items()}
             self.weight_state = self.weighting.update(self.weight_state, losses)
@@ -307,14 +311,26 @@ class ObjectiveTrainer(Trainer):
 
     def _look_at_step(self) -> None:
         if not steps_in_backward(self.accelerator):  # where it was too late after the last backward pass
-            self._refuse_bad_loss()
+            self._agree()
         self._add_penalties()
 
-    def _refuse_bad_loss(self) -> None:
-        """Raises on every rank if the loss is not finite on any: one that went on alone would wait for the others."""
+    def _agree(self) -> None:
+        """What processes tell each other in a step, in one sum: bad losses, what objectives observe, signals to stop.
+
+        Raises:
+            RunError: on every rank, if the loss is not finite on any: one that went on alone would wait for the others.
+        """
         losses = torch.stack([loss for _, loss in self._step_losses])
         bad = (~losses.isfinite()).nonzero()
-        if not bool(self.sum_over_ranks(torch.tensor(float(len(bad)), device=self.args.device))):
+        told = torch.tensor([len(bad), self.stop_signal.asked], device=self.args.device, dtype=torch.float64)
+        parts = {name: value.to(told) for name, value in self._observed.items()}
+        self.note(f"agreeing on step {self.state.global_step + 1}")
+        everything = self.sum_over_ranks(torch.cat([told, *(value.flatten() for value in parts.values())]))
+        sums = everything[2:].split([value.numel() for value in parts.values()])
+        for (name, value), total in zip(self._observed.items(), sums, strict=True):
+            self._summed[name] = total.reshape(value.shape).to(value.dtype)
+        self.stopping = self.stopping or bool(everything[1])
+        if not bool(everything[0]):
             return
         first = int(bad[0]) if len(bad) else 0
         message = self.name_bad_rows(self._step_losses[first][0], float(losses[first]))  # sharded: all take part
@@ -361,6 +377,11 @@ class ObjectiveTrainer(Trainer):
 
     # ---- ranks ----
 
+    def note(self, doing: str) -> None:
+        """Takes down what this process does next, for the others to read if it hangs."""
+        if self.watchdog is not None:
+            self.watchdog.note(doing)
+
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Sum over processes, on the device and in the type that came in."""
         if self.args.world_size == 1:
@@ -400,6 +421,7 @@ class ObjectiveTrainer(Trainer):
 
     def score(self, batch: PackedBatch, keep_head: bool = False) -> Mapping[str, Any]:
         """What the policy gives for a batch, without gradient."""
+        self.note("scoring")
         with self.scoring():
             return self.wrapped(packed=batch.to(self.args.device), keep_head=keep_head)
 
@@ -414,6 +436,7 @@ class ObjectiveTrainer(Trainer):
             batches = self.with_whole_step(list(batches), weigh=False)
         with self.scoring():
             for each in batches:
+                self.note("evaluating")
                 batch = each.to(self.args.device)
                 output, legs, _ = self.compute_output(self.wrapped, batch, weigh=False)
                 meter.add(output, legs.counts())
@@ -461,12 +484,35 @@ class ObjectiveTrainer(Trainer):
         return result
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        self.note("wrapping the model")
         result = super()._prepare_for_training(*args, **kwargs)
+        if self.resumed:
+            self._take_settings()
         if self.prepare is not None:
             self.prepare(self)
         if self.eval_batches is not None and not self.resumed:
             self.evaluate()
         return result
+
+    def _take_settings(self) -> None:
+        """The recipe's own settings of the optimizer, which a checkpoint brings its former ones of."""
+        args, optimizer = self.args, cast(torch.optim.Optimizer, self.optimizer)
+        schedulers: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        if args.learning_rate == getattr(schedulers, "base_lrs", [args.learning_rate])[0]:
+            settings: dict[str, Any] = {}
+        else:
+            settings = {"initial_lr": args.learning_rate}
+            schedulers.base_lrs = [args.learning_rate] * len(schedulers.base_lrs)
+        for group in optimizer.param_groups:
+            group |= settings
+            if settings and hasattr(schedulers, "lr_lambdas"):
+                group["lr"] = args.learning_rate * schedulers.lr_lambdas[0](schedulers.last_epoch)
+            if "betas" in group:
+                group |= {"betas": (args.adam_beta1, args.adam_beta2)}
+            if "eps" in group:
+                group["eps"] = args.adam_epsilon
+            if group.get("weight_decay"):
+                group["weight_decay"] = args.weight_decay
 
     # ---- checkpoints ----
 
@@ -490,6 +536,7 @@ class ObjectiveTrainer(Trainer):
         """Writes beside the run, then renames: a crash leaves the former checkpoints and no half one."""
         run_dir = self.run_dir
         name = f"checkpoint-{self.state.global_step}"
+        self.note(f"writing {name}")
         meter = self.meter.state_dict(self.sum_over_ranks)
         self._saving = True
         try:
@@ -523,6 +570,8 @@ class ObjectiveTrainer(Trainer):
             "objective_state": _to_json(self.objective_state),
             "weight_state": _to_json(self.weight_state),
             "rows": self.batches.table.fingerprint(),
+            "engine": launched(),
+            "processes": self.args.world_size,
         }
 
 
@@ -587,6 +636,8 @@ class _Bookkeeping(TrainerCallback):
             moving.after_step(state.global_step, self.trainer.unwrapped)
         if state.global_step >= state.max_steps:
             control.should_log = True
+        elif self.trainer.stopping:
+            control.should_save = control.should_training_stop = True
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.finish_step()
