@@ -110,9 +110,7 @@ def refuse_contradictions(recipe: Recipe, values: Mapping[str, Any], written: Ma
     if recipe.model.quantized and recipe.lora is None:
         raise RecipeError("model.load_in_4bit and load_in_8bit freeze weights and need a lora section")
     if recipe.model.quantized and recipe.mixture.needs.values:
-        raise RecipeError(
-            "model.load_in_4bit and load_in_8bit are for language models, not for reward models"
-        )
+        raise RecipeError("model.load_in_4bit and load_in_8bit are for language models, not for reward models")
     if recipe.lora is not None:
         if recipe.lora.lora_dropout > 0 and not recipe.train.allow_dropout:
             raise RecipeError("lora.lora_dropout has no effect while train.allow_dropout is false; set one of the two")

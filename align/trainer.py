@@ -99,6 +99,7 @@ class ObjectiveTrainer(Trainer):
         self.weight_state: dict[str, Tensor] = weighting.init_state()
         self._observed: dict[str, Tensor] = {}
         self._summed: dict[str, Tensor] = {}
+        self._decays: list[float] = []
         self._row_losses: dict[str, list[Tensor]] = {}
         self.anchor, self.outputs = anchor, tuple(outputs)
         self.moving_reference: MovingReference | None = None
@@ -494,25 +495,30 @@ class ObjectiveTrainer(Trainer):
             self.evaluate()
         return result
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers makes it; what weight decay each group has is noted, before a checkpoint overwrites it."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self._decays = [group.get("weight_decay", 0.0) for group in _filled(optimizer)]
+        return optimizer
+
     def _take_settings(self) -> None:
         """The recipe's own settings of the optimizer, which a checkpoint brings its former ones of."""
         args, optimizer = self.args, cast(torch.optim.Optimizer, self.optimizer)
         schedulers: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
-        if args.learning_rate == getattr(schedulers, "base_lrs", [args.learning_rate])[0]:
-            settings: dict[str, Any] = {}
-        else:
-            settings = {"initial_lr": args.learning_rate}
-            schedulers.base_lrs = [args.learning_rate] * len(schedulers.base_lrs)
-        for group in optimizer.param_groups:
-            group |= settings
-            if settings and hasattr(schedulers, "lr_lambdas"):
-                group["lr"] = args.learning_rate * schedulers.lr_lambdas[0](schedulers.last_epoch)
+        base = getattr(schedulers, "base_lrs", [])
+        if base and base[0] != args.learning_rate:
+            schedulers.base_lrs = [args.learning_rate] * len(base)
+            schedulers._last_lr = [rate * args.learning_rate / base[0] for rate in schedulers.get_last_lr()]
+            for group in optimizer.param_groups:
+                group |= {"initial_lr": args.learning_rate, "lr": schedulers.get_last_lr()[0]}
+        groups = optimizer.param_groups  # of which DeepSpeed leaves empty ones out, and ZeRO-3 empties all
+        groups = groups if len(groups) == len(self._decays) else _filled(optimizer)
+        for group, decay in zip(groups, self._decays, strict=True):
+            group["weight_decay"] = decay
             if "betas" in group:
                 group |= {"betas": (args.adam_beta1, args.adam_beta2)}
             if "eps" in group:
                 group["eps"] = args.adam_epsilon
-            if group.get("weight_decay"):
-                group["weight_decay"] = args.weight_decay
 
     # ---- checkpoints ----
 
@@ -573,6 +579,11 @@ class ObjectiveTrainer(Trainer):
             "engine": launched(),
             "processes": self.args.world_size,
         }
+
+
+def _filled(optimizer: Any) -> list[dict[str, Any]]:
+    """Groups that hold parameters."""
+    return [group for group in getattr(optimizer, "param_groups", []) if group["params"]]
 
 
 def _by_leg(values: Tensor, batch: PackedBatch, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:

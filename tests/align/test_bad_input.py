@@ -863,6 +863,15 @@ OUTPUT = [
     ),
 ]
 
+
+def as_if_by(engine: str, processes: int) -> None:
+    """The newest checkpoint, written by another engine."""
+    folder = Path("run/checkpoint-4")
+    stored = json.loads((folder / saving.STATE).read_text()) | {"engine": engine, "processes": processes}
+    (folder / saving.STATE).write_text(json.dumps(stored))
+    saving.write_manifest(folder)
+
+
 RESUME = [
     Case(
         name="last of none",
@@ -904,7 +913,7 @@ RESUME = [
     ),
     Case(
         name="a flipped bit",
-        words="--resume_from_checkpoint last",
+        words="--resume_from_checkpoint run/checkpoint-4",
         trained=True,
         arrange=flip_a_bit("run/checkpoint-4/model.safetensors"),
         says=[
@@ -914,7 +923,7 @@ RESUME = [
     ),
     Case(
         name="a file missing",
-        words="--resume_from_checkpoint last",
+        words="--resume_from_checkpoint run/checkpoint-4",
         trained=True,
         arrange=remove("run/checkpoint-4/optimizer.pt"),
         says=["run/checkpoint-4 is damaged: optimizer.pt is missing", "--resume_from_checkpoint run/checkpoint-2"],
@@ -928,7 +937,7 @@ RESUME = [
     ),
     Case(
         name="a manifest of something else",
-        words="--resume_from_checkpoint last",
+        words="--resume_from_checkpoint run/checkpoint-4",
         trained=True,
         arrange=write("run/checkpoint-4/manifest.json", "[1]"),
         says=["run/checkpoint-4 is damaged: manifest.json", "--resume_from_checkpoint run/checkpoint-2"],
@@ -938,7 +947,26 @@ RESUME = [
         words="--resume_from_checkpoint last",
         trained=True,
         arrange=lambda: (shutil.rmtree("run/checkpoint-2"), write("run/checkpoint-4/manifest.json", "{")()),
-        says=["run/checkpoint-4 is damaged: manifest.json", "start a new output_dir"],
+        says=["holds no complete checkpoint (checkpoint-4 was passed over", "manifest.json", "another output_dir"],
+    ),
+    Case(
+        name="a change without a checkpoint",
+        words="--allow_recipe_change",
+        says=["train.allow_recipe_change has no effect without train.resume_from_checkpoint", "leave it out"],
+    ),
+    Case(
+        name="another engine",
+        words="--resume_from_checkpoint last",
+        trained=True,
+        arrange=lambda: as_if_by("zero3", 2),
+        says=["checkpoint-4 was written by zero3", "launched with single", "launch with zero3", "align.export"],
+    ),
+    Case(
+        name="auto beside a finished run that left no checkpoint",
+        words="--resume_from_checkpoint auto",
+        trained=True,
+        arrange=lambda: [shutil.rmtree(f"run/checkpoint-{step}") for step in (2, 4)],
+        says=["run already holds a run", "--overwrite_output_dir"],
     ),
 ]
 

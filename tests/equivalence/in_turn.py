@@ -2,21 +2,26 @@
 
     accelerate launch --config_file … -m tests.equivalence.in_turn CASES.json
 
-``CASES.json`` holds a list of {"name", "words", "cache", "logits_per_chunk"}; what became of each is written beside it,
-into ``NAME.rank.json``.
+``CASES.json`` holds a list of {"name", "words", "cache", "logits_per_chunk", "crashed"}; what became of each is written
+beside it, into ``NAME.rank.json``. ``crashed``, {"run", "copy", "step"}: first a run directory is copied as a crash
+after that step would have left it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from tests.equivalence.test_resume import after_a_crash
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
@@ -36,10 +41,21 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         logps.LOGITS_PER_CHUNK = standard
 
 
+def crash(run: str, copy: str, step: int) -> None:
+    """On the first process; the others wait."""
+    if os.environ.get("RANK", "0") == "0":
+        shutil.copytree(run, copy)
+        after_a_crash(Path(copy), step)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     path = Path(sys.argv[1])
     for each in json.loads(path.read_text()):
+        if each.get("crashed"):
+            crash(**each["crashed"])
         found = run(each) | {"processes": int(os.environ.get("WORLD_SIZE", "1"))}
         (path.parent / f"{each['name']}.{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
         if found["status"] == -1:  # the other processes may wait for this one

@@ -13,7 +13,7 @@ import os
 import random
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from align import export
 from tests.equivalence.runs import write_rows
+from tests.equivalence.test_resume import same_lines
 from tests.equivalence.worlds import WORDS, save_model
 from tests.support import REPOSITORY
 
@@ -67,6 +69,8 @@ class Case:
     model: str = "tied"
     more: tuple[str, ...] = ()
     logits_per_chunk: int | None = None
+    resumes_at: int = 0
+    """Step at which a copy of the case with ``more`` but for its last word crashes, and goes on; 0 for a whole run."""
 
     @property
     def name(self) -> str:
@@ -75,6 +79,11 @@ class Case:
         return "-".join(
             [self.objective, kind, self.source, self.model, *("".join(filter(str.isalnum, m)) for m in self.more)]
         )
+
+    @property
+    def straight(self) -> Case:
+        """The run that never stopped."""
+        return replace(self, more=self.more[:-1], resumes_at=0) if self.resumes_at else self
 
     def words(self, folder: Path, output: Path) -> list[str]:
         """Of the command line."""
@@ -86,9 +95,13 @@ class Case:
         return [*words, *([WEIGHTED] if self.objective == "sft" else []), *self.more]
 
 
+SAVES, AGAIN = ("--save_strategy=steps", "--save_steps=8", "--save_total_limit=3"), "--resume_from_checkpoint=last"
 STANDARD = (
-    Case(objective="dpo", logits_per_chunk=1500),  # five positions a chunk, so processes have different numbers
-    Case(objective="bco", lora=True, model="untied"),
+    # Five positions a chunk, so that processes have different numbers of them.
+    Case(objective="dpo", logits_per_chunk=1500, more=SAVES),
+    Case(objective="bco", lora=True, model="untied", more=SAVES),
+    Case(objective="dpo", logits_per_chunk=1500, more=(*SAVES, AGAIN), resumes_at=8),
+    Case(objective="bco", lora=True, model="untied", more=(*SAVES, AGAIN), resumes_at=16),
 )
 """What ``make test`` asks of every engine."""
 CHECKPOINTING, ONE_ROW = "--gradient_checkpointing=true", "--rows_per_step=1"
@@ -140,8 +153,11 @@ def launch(folder: Path, engine: str, cases: tuple[Case, ...], which: str = "sta
     runs.mkdir()
     listed = [
         {
-            "name": case.name, "words": case.words(folder, runs / case.name), "cache": str(runs / f"cache-{case.name}"),
+            "name": case.name, "words": case.words(folder, runs / case.name),
+            "cache": str(runs / f"cache-{case.straight.name}"),
             "logits_per_chunk": case.logits_per_chunk,
+            "crashed": case.resumes_at
+            and {"run": str(runs / case.straight.name), "copy": str(runs / case.name), "step": case.resumes_at},
         }
         for case in cases
     ]  # fmt: skip
@@ -149,7 +165,7 @@ def launch(folder: Path, engine: str, cases: tuple[Case, ...], which: str = "sta
     done = subprocess.run(
         [*LAUNCH, f"--config_file=launch/accelerate/{engine}.yaml", "-m", IN_TURN, str(runs / "cases.json")],
         cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True, text=True, timeout=900,
+        capture_output=True, text=True, timeout=1500,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     for case in cases:
@@ -210,6 +226,7 @@ def one_of_all(world: Path) -> Path:
 
 
 @pytest.mark.all
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engines_equal_one_process_in_every_combination(engine: str, world: Path, one_of_all: Path):
     cases = tuple(case for case in COVER if not (PENALISED in case.more and "zero" in engine))  # refused, see matrix
@@ -224,3 +241,18 @@ def test_engines_equal_one_process(engine: str, world: Path, one: Path):
     found = launch(world, engine, STANDARD)
     for case in STANDARD:
         compare(case, found, one)
+        if case.resumes_at:
+            exactly_the_same(found / case.name, found / case.straight.name, case)
+    for case in STANDARD[:2]:
+        checkpoint = found / case.name / "checkpoint-20"
+        assert export.main([str(checkpoint), str(checkpoint / "exported")]) == 0
+        exported, trained = weights(checkpoint / "exported", case), weights(found / case.name, case)
+        assert exported.keys() == trained.keys()
+        assert all(torch.equal(exported[name], tensor) for name, tensor in trained.items())
+
+
+def exactly_the_same(resumed: Path, straight: Path, case: Case) -> None:
+    """Bit for bit: what is stored is all there is to know."""
+    same_lines(resumed, straight)
+    others = weights(straight, case)
+    assert all(torch.equal(tensor, others[name]) for name, tensor in weights(resumed, case).items())

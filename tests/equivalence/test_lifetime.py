@@ -1,0 +1,255 @@
+"""Runs that are stopped, killed, damaged or changed: what is left, what is said, and what they come to afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from align.lifetime import HUNG, SAVED, Watchdog
+from align.train import main
+from tests.equivalence.test_resume import after_a_crash, command, lines, same_lines
+from tests.support import REPOSITORY
+
+LONG = {"num_train_epochs": 12, "save_steps": 4, "save_total_limit": 3}
+ENGINE = "launch/accelerate/cpu_ddp.yaml"
+
+
+def same_weights(first: Path, second: Path) -> None:
+    one, two = (load_file(run / "model.safetensors") for run in (first, second))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def start(folder: Path, output: str, *more: str, processes: int = 1, **keys: object) -> subprocess.Popen[str]:
+    """A run in processes of its own, as users launch it."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "accelerate.commands.launch", f"--config_file={ENGINE}", "--main_process_port=0"]
+    return subprocess.Popen(
+        [*launcher, "align/train.py", *command(folder, output, *more, **{**LONG, **keys})],
+        cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def wait_for_checkpoint(run: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 180
+    while not list(run.glob("checkpoint-*/manifest.json")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The training processes below a launcher, by rank."""
+    found = [p for p in psutil.Process(process.pid).children(recursive=True) if "align/train.py" in p.cmdline()]
+    return sorted((p for p in found if "RANK" in p.environ()), key=lambda p: int(p.environ()["RANK"]))
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_run_goes_on(folder: Path):
+    straight = start(folder, "straight")
+    wanted, _ = straight.communicate(timeout=300)
+    assert straight.returncode == 0, wanted
+    stopped = start(folder, "stopped")
+    wait_for_checkpoint(folder / "stopped", stopped)
+    stopped.send_signal(signal.SIGTERM)
+    output, _ = stopped.communicate(timeout=120)
+    assert stopped.returncode == SAVED, output
+    assert "stopped by SIGTERM" in output
+    assert not (folder / "stopped" / "model.safetensors").exists()
+    again = start(folder, "stopped", "--resume_from_checkpoint=auto")
+    output, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, output
+    same_weights(folder / "stopped", folder / "straight")
+    # A line for the step it stopped at is there besides, and an evaluation of the step it goes on from is not.
+    stored = {line["step"]: line for line in lines(folder / "straight") if "loss" in line}
+    for line in lines(folder / "stopped"):
+        if "loss" in line:
+            assert line == stored[line["step"]]
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_launcher_reaches_all_processes(folder: Path):
+    stopped = start(folder, "run", processes=2)
+    wait_for_checkpoint(folder / "run", stopped)
+    before = {path.name for path in (folder / "run").glob("checkpoint-*")}
+    stopped.send_signal(signal.SIGTERM)
+    output, _ = stopped.communicate(timeout=120)
+    assert stopped.returncode != 0
+    assert "SIGTERM: stopping after this step" in output
+    assert {path.name for path in (folder / "run").glob("checkpoint-*")} != before, output
+    again = start(folder, "run", "--resume_from_checkpoint=auto", processes=2)
+    output, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, output
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_takes_the_others_with_it(folder: Path):
+    run = start(folder, "run", processes=2)
+    wait_for_checkpoint(folder / "run", run)
+    workers(run)[1].kill()
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert "SIGKILL" in output or "exitcode  : -9" in output
+    assert list((folder / "run").glob("checkpoint-*/manifest.json"))
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_named(folder: Path):
+    run = start(folder, "run", "--ddp_timeout=6", processes=2)
+    wait_for_checkpoint(folder / "run", run)
+    hanging = workers(run)[1]
+    hanging.send_signal(signal.SIGSTOP)
+    try:
+        output, _ = run.communicate(timeout=120)
+    finally:
+        if hanging.is_running():
+            hanging.send_signal(signal.SIGCONT)
+    assert run.returncode != 0
+    said = next(line for line in output.splitlines() if "no progress for" in line)
+    assert said.startswith("[process 0] error: ")
+    assert "process 1 was last seen in: " in said
+
+
+class Kept(dict[str, str]):
+    """What processes share, as ``torch.distributed.Store`` has it."""
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
+
+
+def told(doing: str, ago: float, alive: float = 0.0) -> str:
+    return json.dumps({"doing": doing, "since": time.time() - ago, "alive": time.time() - alive})
+
+
+def reports(store: Kept, world: int = 3) -> str:
+    watchdog = Watchdog(0, world, 10, store)
+    watchdog.note("agreeing on step 7")
+    return watchdog.report()
+
+
+def test_the_report_names_who_gives_no_sign_of_life():
+    said = reports(Kept({"1": told("agreeing on step 7", 12), "2": told("scoring", 2, alive=30)}))
+    assert "agreeing on step 7; process 2 was last seen in: scoring, 30 s ago" in said
+    assert "process 1" not in said
+
+
+def test_the_report_names_who_is_behind_where_all_are_alive():
+    said = reports(Kept({"1": told("agreeing on step 7", 12), "2": told("evaluating", 40)}))
+    assert "process 2 was last seen in: evaluating" in said
+    assert "process 1" not in said
+
+
+def test_the_report_names_who_never_came():
+    assert "process 2 never gave a sign of life" in reports(Kept({"1": told("starting", 1)}))
+
+
+def test_silence_ends_the_process_and_progress_does_not(capsys: pytest.CaptureFixture[str]):
+    ended: list[int] = []
+    watchdog = Watchdog(0, 2, 0.4, Kept({"1": told("scoring", 0)}), end=ended.append)
+    watchdog.start()
+    for number in range(12):
+        watchdog.note(f"step {number}")
+        time.sleep(0.05)
+    assert not ended
+    time.sleep(0.8)
+    assert ended == [HUNG]
+    assert "in: step 11" in capsys.readouterr().err
+
+
+# ---- checkpoints that can't be used, and recipes that have changed ----
+
+
+def half(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda folder: half(folder / "model.safetensors"), "model.safetensors has changed"),
+        (lambda folder: half(folder / "optimizer.pt"), "optimizer.pt has changed"),
+        (lambda folder: (folder / "scheduler.pt").unlink(), "scheduler.pt is missing"),
+        (lambda folder: half(folder / "manifest.json"), "manifest.json"),
+    ],
+    ids=["weights", "optimizer", "missing", "manifest"],
+)
+def test_a_damaged_checkpoint_is_passed_over(
+    folder: Path, damage: Callable[[Path], Any], says: str, capfd: pytest.CaptureFixture[str]
+):
+    assert main(command(folder, "straight")) == 0
+    shutil.copytree(folder / "straight", folder / "run")
+    after_a_crash(folder / "run", step=10)
+    damage(folder / "run" / "checkpoint-10")
+    assert main(command(folder, "run", "--resume_from_checkpoint=last")) == 0
+    out = capfd.readouterr().out
+    assert "resume: checkpoint-10 was passed over" in out
+    assert says in out
+    assert "resuming from checkpoint-5" in out
+    same_lines(folder / "run", folder / "straight")
+    same_weights(folder / "run", folder / "straight")
+
+
+def test_auto_starts_where_there_is_nothing_and_goes_on_where_there_is(folder: Path):
+    assert main(command(folder, "run", "--resume_from_checkpoint=auto")) == 0
+    shutil.copytree(folder / "run", folder / "straight")
+    after_a_crash(folder / "run", step=5)
+    assert main(command(folder, "run", "--resume_from_checkpoint=auto")) == 0
+    same_lines(folder / "run", folder / "straight")
+    # Killed before its first checkpoint: from the beginning.
+    shutil.rmtree(folder / "run" / "checkpoint-5")
+    after_a_crash(folder / "run", step=0)
+    assert main(command(folder, "run", "--resume_from_checkpoint=auto")) == 0
+    same_lines(folder / "run", folder / "straight")
+
+
+def test_a_changed_recipe_is_shown_and_holds(folder: Path, capfd: pytest.CaptureFixture[str]):
+    constant = "--lr_scheduler_type=constant"
+    assert main(command(folder, "run", constant, logging_steps=1)) == 0
+    after_a_crash(folder / "run", step=5)
+    changed = {"learning_rate": 2e-4, "weight_decay": 0.1, "adam_beta1": 0.8, "logging_steps": 1}
+    resume = ["--resume_from_checkpoint=last", constant]
+    assert main(command(folder, "run", *resume, **changed)) == 2
+    assert "--allow_recipe_change" in " ".join(capfd.readouterr().err.split())
+    assert main(command(folder, "run", *resume, "--allow_recipe_change", **changed)) == 0
+    assert "resume: train.learning_rate was 0.001, is 0.0002" in capfd.readouterr().out
+    rates = {line["step"]: line["learning_rate"] for line in lines(folder / "run") if "loss" in line}
+    assert [rates[step] for step in (4, 5, 6, 7)] == [1e-3, 1e-3, 2e-4, 2e-4]
+    state = torch.load(folder / "run" / "checkpoint-10" / "optimizer.pt", weights_only=True)
+    groups = state["param_groups"]
+    assert {group["lr"] for group in groups} == {2e-4}
+    assert {tuple(group["betas"]) for group in groups} == {(0.8, 0.999)}
+    assert 0.1 in {group["weight_decay"] for group in groups}
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on_with_the_same_rows(folder: Path, capfd: pytest.CaptureFixture[str]):
+    keys = {"num_train_epochs": 2, "save_steps": 5, "save_total_limit": 10}
+    two = start(folder, "two", processes=2, **keys)
+    output, _ = two.communicate(timeout=300)
+    assert two.returncode == 0, output
+    shutil.copytree(folder / "two", folder / "one")
+    after_a_crash(folder / "one", step=5)
+    assert main(command(folder, "one", "--resume_from_checkpoint=last", **keys)) == 0
+    assert "2 processes wrote this checkpoint and 1 go on from it" in capfd.readouterr().out
+    for mine, others in zip(lines(folder / "one"), lines(folder / "two"), strict=True):
+        assert mine["step"] == others["step"]
+        for key, value in others.items():
+            assert mine[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
