@@ -36,6 +36,18 @@ def shards_weights(engine: str) -> bool:
     return engine in ("zero3", "fsdp2")
 
 
+def keep_float32(accelerator: Any) -> None:
+    """Sums gradients in float32 and leaves outputs as they are, under FSDP2 in lower precision.
+
+    accelerate's default rounds what the model returns, our log-probs among it, to three digits.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and accelerator.mixed_precision == "bf16":
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
 def steps_in_backward(accelerator: Any) -> bool:
     """Whether the optimizer moves in the backward pass, so that nothing can be looked at in between."""
     return accelerator.distributed_type.name == "DEEPSPEED"

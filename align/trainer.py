@@ -30,7 +30,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from align.anchors import InitialWeights, MovingReference
-from align.engines import consolidated, finite, launched, size, steps_in_backward
+from align.engines import consolidated, finite, keep_float32, launched, size, steps_in_backward
 from align.errors import RunError
 from align.forward import causal_lm, dense, router_weight
 from align.lifetime import StopSignal, Watchdog
@@ -121,6 +121,7 @@ class ObjectiveTrainer(Trainer):
             processing_class=processing_class,
             callbacks=[_Bookkeeping(self), *(callbacks or [])],
         )
+        keep_float32(self.accelerator)
         self.loss_is_scaled_for_ga = True  # counts are of the whole step, so nothing is left to divide by
         self.router_coef = router_weight(causal_lm(model).config.get_text_config())
 

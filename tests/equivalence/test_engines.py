@@ -23,13 +23,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from align import export
+from align import export, support
+from align.recipe import read_recipe
 from tests.equivalence.runs import write_rows
 from tests.equivalence.test_resume import same_lines
 from tests.equivalence.worlds import WORDS, save_model
 from tests.support import REPOSITORY
 
 TOLERANCE = {"rtol": 3e-4, "atol": 3e-5}
+ROUNDED_TOLERANCE = {"rtol": 3e-2, "atol": 3e-2}
+"""In bfloat16, which has three digits, and where engines keep other things in it."""
+QUANTIZED_TOLERANCE = {"rtol": 5e-3, "atol": 1e-3}
+"""With 4-bit weights, whose kernel on CPUs depends on how many positions there are at a time."""
 WEIGHTS = 2e-4
 """How far a weight may be off after twenty steps at a learning rate of 1e-3."""
 LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0")
@@ -52,8 +57,10 @@ OBJECTIVES = {
     "sft": '[{"name":"sft","leg":"gold"}]',
     "aot": '[{"name":"aot","beta":0.5}]',
     "tdpo": '[{"name":"tdpo","beta":0.5}]',
+    "bradley_terry": '[{"name":"bradley_terry"}]',
 }
 MOVING = '--modifiers=[{"name":"tr_dpo","sync_steps":5,"sync_alpha":0.5}]'
+QUANTIZED, ROUNDED = "--model.load_in_4bit=true", "--model.dtype=bfloat16"
 AVERAGED = '--regularizers=[{"name":"wise_ft"}]'
 PENALISED = '--regularizers=[{"name":"l2_init","coef":10.0}]'
 WEIGHTED = '--token_weights=[{"name":"goldfish","k":3,"legs":["gold"]},{"name":"talr","legs":["gold"]}]'
@@ -91,7 +98,7 @@ class Case:
         words += [f"--dataset_name={folder / 'rows.jsonl'}", f"--output_dir={output}"]
         words += [f"--{key}={value}" for key, value in KEYS.items()]
         words += ["--lora.r=4", "--lora.lora_alpha=8"] if self.lora else []
-        words += [f"--reference.source={self.source}"] if self.objective not in ("sft", "tpo") else []
+        words += [f"--reference.source={self.source}"] if self.objective not in ("sft", "tpo", "bradley_terry") else []
         return [*words, *([WEIGHTED] if self.objective == "sft" else []), *self.more]
 
 
@@ -124,6 +131,10 @@ COVER = (
     Case(objective="dpo", source="live", more=(MOVING,)),
     Case(objective="dpo", more=(AVERAGED,)),
     Case(objective="dpo", more=(PENALISED,)),
+    Case(objective="dpo", lora=True, model="wide", more=(QUANTIZED,)),
+    Case(objective="dpo", more=(ROUNDED,)),
+    Case(objective="dpo", lora=True, more=(ROUNDED,)),
+    Case(objective="bradley_terry", lora=True),
 )
 """Pairs of everything else, for ``make test-all``. With one row a step the other process has an empty bin."""
 
@@ -189,15 +200,21 @@ def weights(run: Path, case: Case) -> dict[str, torch.Tensor]:
 
 def compare(case: Case, found: Path, wanted: Path) -> None:
     """Metrics of every step and the weights at the end."""
+    tolerance = (
+        ROUNDED_TOLERANCE if ROUNDED in case.more else QUANTIZED_TOLERANCE if QUANTIZED in case.more else TOLERANCE
+    )
     mine, one = lines(found / case.name), lines(wanted / case.name)
     assert len(one) > 20
     assert [line["step"] for line in mine] == [line["step"] for line in one]
     for a, b in zip(mine, one, strict=True):
         assert a.keys() == b.keys()
         for key in b:
-            if not key.startswith("time/"):
+            counted = ROUNDED in case.more and ("accurac" in key or "ranking" in key)  # ties fall either way
+            if not key.startswith("time/") and not counted:
                 message = f"{case.name}, step {b['step']}, {key}"
-                np.testing.assert_allclose(a[key], b[key], err_msg=message, **TOLERANCE)
+                np.testing.assert_allclose(a[key], b[key], err_msg=message, **tolerance)
+    if ROUNDED in case.more or QUANTIZED in case.more:
+        return
     own, others = weights(found / case.name, case), weights(wanted / case.name, case)
     assert own.keys() == others.keys()
     for name, tensor in others.items():
@@ -211,6 +228,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("engines")
     save_model(folder / "tied", tie_word_embeddings=True)
     save_model(folder / "untied", tie_word_embeddings=False)
+    save_model(folder / "wide", hidden_size=64, intermediate_size=128)  # bitsandbytes packs rows of 64 on CPUs
     save_rows(folder / "rows.jsonl")
     return folder
 
@@ -229,7 +247,11 @@ def one_of_all(world: Path) -> Path:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engines_equal_one_process_in_every_combination(engine: str, world: Path, one_of_all: Path):
-    cases = tuple(case for case in COVER if not (PENALISED in case.more and "zero" in engine))  # refused, see matrix
+    recipes = {case: read_recipe(None, case.words(world, world / "none")) for case in COVER}
+    cases = tuple(
+        case for case, recipe in recipes.items() if support.reason(recipe, engine.removeprefix("cpu_")) is None
+    )
+    assert len(COVER) - len(cases) < 3
     found = launch(world, engine, cases, "all")
     for case in cases:
         compare(case, found, one_of_all)
