@@ -22,6 +22,8 @@ SAVED = 75
 """Exit status after SIGTERM: a checkpoint is there, and the same command goes on from it."""
 HUNG = 74
 """Exit status after silence."""
+PATIENCE = 5.0
+"""Seconds to find out who is silent."""
 
 
 class Preempted(Exception):  # noqa: N818  # no error: the run was asked to stop
@@ -89,9 +91,17 @@ class Watchdog:
             with contextlib.suppress(RuntimeError):  # the first process, which keeps the store, may be gone
                 self.store.set(str(self.rank), json.dumps({"doing": doing, "since": since, "alive": now}))
             if now - since > self.limit and not self._stopped.is_set():
-                print(f"[process {self.rank}] error: {self.report()}", file=sys.stderr, flush=True)
+                print(f"[process {self.rank}] error: {self._told(doing)}", file=sys.stderr, flush=True)
                 self.end(HUNG)
                 return
+
+    def _told(self, doing: str) -> str:
+        """The report; reading what others left may wait for ever as well, where the network is gone."""
+        told = [f"no progress in: {doing}, and the other processes can't be reached; look at the network"]
+        asking = threading.Thread(target=lambda: told.append(self.report()), daemon=True)
+        asking.start()
+        asking.join(PATIENCE)
+        return told[-1]
 
     def report(self) -> str:
         """Which process was waited for, and in what."""

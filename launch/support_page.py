@@ -36,12 +36,13 @@ SOURCES = ("cached", "adapter_off", "live")
 PRECISIONS = ("float32", "bfloat16")
 HEAD = """# What goes with what
 
-Every row below was put to the code that refuses recipes at the start of a run; what is refused there is refused with the
-reason given here, and nothing is ignored. `python -m launch.support_page` writes this page.
+Every row below was put to the code that refuses recipes at the start of a run; what is refused there is refused with
+the reason given here, and nothing is ignored. `python -m launch.support_page` writes this page.
 
-✓ runs; a number names the reason below. Engines: `single` is one process, `ddp` keeps a copy on each, `zero1` to `zero3`
-are DeepSpeed's, `fsdp2` PyTorch's; offloading is the same engine with its shards in host memory, and several machines are
-the same engine with more processes (`launch/accelerate/`). Both precisions, float32 and bfloat16, go with all of it.
+✓ runs; a number names the reason below. Engines: `single` is one process, `ddp` keeps a copy on each, `zero1` to
+`zero3` are DeepSpeed's, `fsdp2` PyTorch's; offloading is the same engine with its shards in host memory, and several
+machines are the same engine with more processes (`launch/accelerate/`). Both precisions, float32 and bfloat16, go with
+all of it. Optimizers with 8-bit state (`adamw_8bit`, `paged_adamw_8bit`, …) go with `single` and `ddp`.
 
 The trajectory of one process is asserted on two CPU processes of every engine, with a pairwise cover of objectives,
 adapters, references, checkpointing, tied and untied heads, empty and uneven bins:
