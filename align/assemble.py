@@ -144,6 +144,11 @@ def check_names(recipe: Recipe) -> None:
     train = recipe.train
     _known("optim", "optimizer", train.optim, [name.value for name in OptimizerNames])
     _known("lr_scheduler_type", "schedule", train.lr_scheduler_type, [name.value for name in SchedulerType])
+    if train.optim.startswith("paged_") and not torch.cuda.is_available():
+        raise RecipeError(
+            f"train.optim {train.optim} moves state between a GPU and its host, and there is no GPU; use "
+            f"{train.optim.removeprefix('paged_')}"
+        )
     evaluates = recipe.data.eval_dataset_name is not None or recipe.data.eval_share > 0
     if train.lr_scheduler_type == "reduce_lr_on_plateau" and not (evaluates and train.eval_strategy != "no"):
         raise RecipeError("train.lr_scheduler_type reduce_lr_on_plateau needs evaluations; set train.eval_strategy")

@@ -263,6 +263,7 @@ def load_weights(
             f"{name!r} lacks {len(missing)} weights ({missing[0]} …), which would start as random numbers; "
             "copy or download the model again"
         )
+    _keep_trainable(model)
     for weight, stored, expected in sorted(info["mismatched_keys"]):
         raise RunError(
             f"{name!r} holds {weight} of shape {list(stored)} and its config.json says {list(expected)}; "
@@ -286,6 +287,14 @@ def _quantization(section: ModelSection, dtype: torch.dtype) -> dict[str, Any]:
             bnb_4bit_compute_dtype=dtype,
         )
     }
+
+
+def _keep_trainable(model: nn.Module) -> None:
+    """Where CPUs have AVX-512 for bfloat16, bitsandbytes packs 4-bit weights the first time they are used in eval mode,
+    for a kernel that gradients don't pass through; it goes on using it when training begins."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def policy(

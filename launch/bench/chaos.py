@@ -68,6 +68,18 @@ def left(run: Path) -> dict[str, Any]:
     return {"weights": (run / "model.safetensors").read_bytes(), "metrics": metrics}
 
 
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """What is other, a line each."""
+    told = [] if found["weights"] == wanted["weights"] else ["weights"]
+    steps = [[line["step"] for line in each["metrics"]] for each in (found, wanted)]
+    if steps[0] != steps[1]:
+        return [*told, f"steps of metrics.jsonl: {steps[0]}, not {steps[1]}"]
+    for mine, other in zip(found["metrics"], wanted["metrics"], strict=True):
+        keys = [key for key in {**mine, **other} if mine.get(key) != other.get(key)]
+        told += [f"step {mine['step']}: {key} is {mine.get(key)}, not {other.get(key)}" for key in keys[:4]]
+    return told[:12]
+
+
 def where(run: Path, printed: str) -> str:
     """What a killed run was doing, as far as its traces tell."""
     if list(run.glob(".partial/checkpoint-*")):
@@ -118,6 +130,8 @@ def main() -> int:
                 found = left(folder / "run")
                 same = found == wanted
                 differing += not same
+                for line in [] if same else differences(found, wanted):
+                    print(f"  {line}", flush=True)
                 print(
                     f"run {finished} finished after {kills} kills in all: {'identical' if same else 'OTHER'}",
                     flush=True,
