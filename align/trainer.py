@@ -7,6 +7,7 @@ What is overridden, and why:
   evaluate               per-pair log-probs of held-out rows, with intervals
   log                    sums and counts since the last line, over all ranks
   _save_checkpoint       checkpoints appear complete or not at all
+  _run_epoch             no step after the last one
   _prepare_for_training  start-up checks and the reference pass need the wrapped model
 The underscored ones are private to transformers, which is why its version is pinned; equivalence tests are the alarm.
 """
@@ -484,6 +485,13 @@ class ObjectiveTrainer(Trainer):
         self.objective_state = {name: value.to(self.args.device) for name, value in self.objective_state.items()}
         self.weight_state = {name: value.to(self.args.device) for name, value in self.weight_state.items()}
         return result
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Not one step more, where a run goes on from its last checkpoint: transformers looks after a step only."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         self.note("wrapping the model")

@@ -220,6 +220,17 @@ def test_auto_starts_where_there_is_nothing_and_goes_on_where_there_is(folder: P
     same_lines(folder / "run", folder / "straight")
 
 
+def test_a_run_that_had_its_last_checkpoint_only_finishes(folder: Path):
+    """Killed between its last checkpoint and its report: nothing is trained again, and no step too many."""
+    keys = {"num_train_epochs": None, "max_steps": 10, "save_steps": 5}  # in the middle of an epoch
+    assert main(command(folder, "straight", **keys)) == 0
+    shutil.copytree(folder / "straight", folder / "run")
+    after_a_crash(folder / "run", step=10)
+    assert main(command(folder, "run", "--resume_from_checkpoint=auto", **keys)) == 0
+    same_lines(folder / "run", folder / "straight")
+    same_weights(folder / "run", folder / "straight")
+
+
 def test_a_changed_recipe_is_shown_and_holds(folder: Path, capfd: pytest.CaptureFixture[str]):
     constant = "--lr_scheduler_type=constant"
     assert main(command(folder, "run", constant, logging_steps=1)) == 0
