@@ -20,12 +20,14 @@ from align import model as models
 from align.anchors import InitialWeights, MovingReference
 from align.assemble import Say, bytes_to_save, total_steps, train_plan, training_arguments, world_size
 from align.density import DensityRatio
-from align.engines import size
+from align.engines import launched, partition, shards_weights, size, whole_weights
 from align.errors import RunError
+from align.forecast import skeleton
 from align.forward import causal_lm
 from align.recipe import Recipe
 from align.reference import ReferenceKey
 from align.startup import Startup, adapter_off_scorer, frozen_scorer, load_frozen
+from align.tracing import fewer_layers, without_random_numbers
 from align.trainer import ObjectiveTrainer, PairSums
 from align.value_head import is_reward_model, outputs_of, settle_padding
 from align.watch import DisplacementAlarm, MetricsFile, Progress, Speed
@@ -96,8 +98,11 @@ def build(
     if not recipe.train.allow_dropout:
         models.switch_off_dropout(model)
     _tell_parameters(model, say)
-    model.to(args.device)
-    share, path_check = _choose_path(recipe, model, prepared.train.table, dtype, args.device)
+    if shards_weights(launched()):  # whole, it may be larger than a device
+        share, path_check = _path_of_a_part(recipe, config, model, prepared.train.table, dtype, args.device)
+    else:
+        model.to(args.device)
+        share, path_check = _choose_path(recipe, model, prepared.train.table, dtype, args.device)
     way = causal_lm(model).config.get_text_config()._attn_implementation
     most = broadcast_object_list([most])[0] if args.world_size > 1 else most  # all take as many microbatches
     plan = train_plan(recipe, prepared.train.table, share=share, way=way, most=most)
@@ -122,6 +127,10 @@ def build(
     startup.checks.append(path_check)
     metrics = MetricsFile(Path(recipe.train.output_dir) / "metrics.jsonl")
     alarm, speed = DisplacementAlarm(say), Speed()
+    penalties = {entry.name: entry.built for entry in recipe.regularizers}
+    anchor = InitialWeights(model, penalties) if penalties else None
+    if launched() == "zero3":
+        partition(model)
     trainer = ObjectiveTrainer(
         model=model,
         args=args,
@@ -135,9 +144,7 @@ def build(
         recipe_yaml=recipe.to_yaml(),
         outputs=outputs_of(causal_lm(model).config, values) if values else (),
         numbers=None if numbers is None else torch.from_numpy(numbers),
-        anchor=InitialWeights(model, {entry.name: entry.built for entry in recipe.regularizers})
-        if recipe.regularizers
-        else None,
+        anchor=anchor,
         processing_class=tokenizer,
         callbacks=[speed, alarm, metrics],
     )
@@ -161,6 +168,21 @@ def build(
         speed=speed,
         fingerprint=fingerprint,
     )
+
+
+def _path_of_a_part(
+    recipe: Recipe, config: Any, model: nn.Module, table: TokenTable, dtype: torch.dtype, device: torch.device
+) -> tuple[bool, checks.Check]:
+    """The same for a model that is divided among devices: found out on a few layers, and asked again of the whole
+    when it is divided (``checks.check_path``)."""
+    with without_random_numbers(), whole_weights():
+        part = skeleton(recipe, fewer_layers(config))
+    part.to(device)
+    share, check = _choose_path(recipe, part, table, dtype, device)
+    inner, way = causal_lm(model), causal_lm(part).config.get_text_config()._attn_implementation
+    if way != inner.config.get_text_config()._attn_implementation:
+        inner.set_attn_implementation(way)
+    return share, dataclasses.replace(check, detail=f"{check.detail} (of a few layers with random weights)")
 
 
 def _choose_path(

@@ -122,6 +122,30 @@ def choose_path(model: nn.Module, table: TokenTable, dtype: torch.dtype, device:
     )
 
 
+def check_path(trainer: ObjectiveTrainer, dtype: torch.dtype) -> Check:
+    """The same of a model that the engine has divided among processes.
+
+    Raises:
+        RunError: shared prompts and separate sequences disagree.
+    """
+    batches = trainer.batches
+    lengths = batches.table.shared_lengths()
+    row = int(np.argsort(lengths, kind="stable")[len(lengths) // 2])
+    flats = []
+    for share in (False, True):
+        scores = trainer.score(pack(batches.table, [row], share=share, counts={}))
+        flats.append(scores["values" if "values" in scores else "logps"])
+    difference = (flats[0] - flats[1]).abs()
+    worst, mean, allowed = float(difference.max()), float(difference.mean()), TOLERANCES[dtype]
+    if not (worst <= allowed.token and mean <= allowed.mean):
+        raise RunError(
+            f"with shared prompts log-probs differ by up to {worst:.2g} nats in a token on this engine; set "
+            "model.attn_implementation to sdpa or eager"
+        )
+    detail = f"log-probs of one row differ by at most {worst:.1e} nats in a token"
+    return Check(check="the divided model agrees", passed=True, detail=detail)
+
+
 def _fallback(reason: str) -> Check:
     return Check(
         check="responses are computed one by one",

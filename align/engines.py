@@ -79,6 +79,14 @@ def whole_weights() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = held
 
 
+def partition(model: nn.Module) -> None:
+    """Divides a model's parameters for ZeRO-3, one after the other: DeepSpeed itself would move all of them first."""
+    import deepspeed
+    from transformers.integrations.deepspeed import deepspeed_config
+
+    deepspeed.zero.Init(module=model, config_dict_or_path=deepspeed_config())
+
+
 def prepare_frozen(accelerator: Any, model: Any) -> nn.Module:
     """A model that is only asked, sharded as the policy is."""
     kind = accelerator.distributed_type.name
@@ -109,6 +117,7 @@ def _frozen_by_deepspeed(accelerator: Any, model: nn.Module) -> nn.Module:
     for key in ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"):
         if config["zero_optimization"].get(key) == "auto":
             config["zero_optimization"].pop(key)
+    partition(model)
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
     return engine

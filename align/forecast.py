@@ -274,7 +274,7 @@ def _of_rows(
         traced = trace(
             config,
             batch,
-            make=lambda each: _skeleton(recipe, each),
+            make=lambda each: skeleton(recipe, each),
             dtype=dtype,
             checkpointing=recipe.train.gradient_checkpointing,
         )
@@ -295,7 +295,7 @@ def _of_rows(
     )
 
 
-def _skeleton(recipe: Recipe, config: Any) -> torch.nn.Module:
+def skeleton(recipe: Recipe, config: Any) -> torch.nn.Module:
     """The policy without contents."""
     from peft import PeftConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from align import checks
 from align.density import DensityRatio
-from align.engines import prepare_frozen
+from align.engines import launched, prepare_frozen, shards_weights
 from align.errors import RunError
 from align.logps_store import StoredLogps
 from align.model import load_config, load_weights
@@ -84,6 +84,9 @@ class Startup:
         batch = checks.first_batch(trainer.batches)
         self.checks.append(checks.check_prompt_is_not_trained(batch, trainer.batches.table))
         if not trainer.resumed:
+            if trainer.batches.share and shards_weights(launched()):
+                with checks.undisturbed(trainer.wrapped):
+                    self.checks.append(checks.check_path(trainer, self.dtype))
             if self.starts_as_reference:
                 with checks.undisturbed(trainer.wrapped):
                     self.checks += checks.check_step0(trainer, batch, self.dtype)

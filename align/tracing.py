@@ -176,6 +176,15 @@ def trace(config: Any, batch: PackedBatch, *, make: Any, dtype: torch.dtype, che
     )
 
 
+def fewer_layers(config: Any) -> Any:
+    """The same model with as many of its first layers as show every kind of layer it has, at least two."""
+    text = config.get_text_config()
+    kinds = list(getattr(text, "layer_types", None) or [])
+    shown = [len(set(kinds[: number + 1])) for number in range(len(kinds))]
+    enough = shown.index(len(set(kinds))) + 1 if kinds else 1
+    return _with_layers(config, min(max(2, enough), int(text.num_hidden_layers)))
+
+
 def _with_layers(config: Any, number: int) -> Any:
     changed = copy.deepcopy(config)
     text = changed.get_text_config()

@@ -11,17 +11,19 @@ finish. Exits with 1 where anything differs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from launch.bench.workloads import made_up, make_model, write_rows
 
@@ -55,7 +57,10 @@ def attempt(words: list[str], cache: Path, kill_after: float | None) -> tuple[in
         try:
             status = child.wait(kill_after)
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
+            # Launchers start their processes in sessions of their own.
+            for process in [*psutil.Process(child.pid).children(recursive=True), psutil.Process(child.pid)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             child.wait()
         out.seek(0)
         return status, out.read()
