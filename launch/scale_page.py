@@ -211,9 +211,9 @@ def page() -> str:
         "",
         "About a million pairs of a thousand tokens. Prepared once, at the rate of docs/performance.md; the token",
         f"table is {tokens:.0f} GB on disk, mapped, not read. Reference log-probs are 4 bytes a response token,",
-        "kept for every later run on the same rows. Training takes the GPU hours above; the reference, a third of one",
-        "pass, is paid once. Checkpoints of 8B with optimizer state are 96 GB each: `train.save_total_limit` times that",
-        "on a file system that all machines see.",
+        "kept for every later run on the same rows. Training takes the GPU hours above; the reference, a third of",
+        "one pass, is paid once. Checkpoints of 8B with optimizer state are 96 GB each: `train.save_total_limit` times",
+        "that on a file system that all machines see.",
     ]
     return "\n".join(lines) + "\n"
 
