@@ -15,7 +15,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from align.engines import rehearse_on_cpu
+from align.engines import launched, rehearse_on_cpu
 from align.errors import RecipeError
 from align.model import PACKING, compute_dtype
 from align.recipe import Recipe
@@ -217,6 +217,8 @@ def training_arguments(recipe: Recipe, microbatches: int, *, evaluate: bool) -> 
             # Later than our own, which says more; the first batch of a large model may compile for minutes.
             ddp_timeout=train.ddp_timeout + 60,
             ddp_find_unused_parameters=False,
+            # Else FSDP2 keeps gradients of all weights on every device until the last microbatch.
+            accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": launched() == "fsdp2"}},
             remove_unused_columns=False,
             label_names=[],
             # The default logs the running mean in place of a NaN loss, which hides a diverged run.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -104,6 +104,12 @@ def build(
         model.to(args.device)
         share, path_check = _choose_path(recipe, model, prepared.train.table, dtype, args.device)
     way = causal_lm(model).config.get_text_config()._attn_implementation
+    ways = gather_object([(share, way)])
+    if len(set(ways)) > 1:
+        raise RunError(
+            f"processes came to different ways of computing attention ({sorted({str(each) for each in ways})}); set "
+            "model.attn_implementation to sdpa"
+        )
     most = broadcast_object_list([most])[0] if args.world_size > 1 else most  # all take as many microbatches
     plan = train_plan(recipe, prepared.train.table, share=share, way=way, most=most)
     args.gradient_accumulation_steps = plan.microbatches

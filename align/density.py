@@ -196,6 +196,7 @@ def _policy_embeddings(prompts: Ragged, trainer: ObjectiveTrainer) -> np.ndarray
 
     def embedded(mine: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for rows in mine:
+            trainer.note("embedding prompts")
             batch = pack(table, rows, share=share, kind=kind, counts={})
             with trainer.scoring():
                 vectors = trainer.wrapped(packed=batch.to(trainer.args.device), embed=True)["prompts"]

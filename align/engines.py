@@ -150,7 +150,8 @@ def like(whole: Tensor, parameter: Tensor) -> Tensor:
     if isinstance(whole, DTensor) or not isinstance(parameter, DTensor):
         return whole.to(parameter.device)
     mesh, placements = parameter.device_mesh, parameter.placements
-    return distribute_tensor(whole.to(parameter.device), mesh, placements, src_data_rank=None)
+    part = distribute_tensor(whole.to(parameter.device), mesh, placements, src_data_rank=None)
+    return part.to(parameter.device)  # which is another one than the mesh's where shards are in host memory
 
 
 def in_full(values: Any) -> Any:

@@ -14,12 +14,14 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+import torch
 
-from align.errors import RunError
+from align.errors import RecipeError, RunError
+from align.recipe import Recipe, read_recipe
 from align.saving import RECIPE, explained, verify
 
 SHARDS = "pytorch_model_fsdp_0"
@@ -52,13 +54,14 @@ def export(source: Path, target: Path, *, merge: bool = False) -> None:
     sharded = (source / SHARDS).is_dir()
     if not (sharded or list(source.glob("*.safetensors"))):
         raise RunError(f"{source} holds no weights; name a run directory or one of its checkpoints")
+    target.parent.mkdir(parents=True, exist_ok=True)
     with explained(target.parent, "export again"), tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         made = Path(temporary) / "model"
         made.mkdir()
         if sharded:
-            _from_shards(source, made)
+            _from_shards(source, made, _recipe(source))
         elif merge and adapter:
-            _merged(source, made)
+            _merged(source, made, _recipe(source))
         else:
             _copy(source, made, MODEL_FILES)
         if merge and not adapter and not (made / "adapter_config.json").is_file():
@@ -66,7 +69,7 @@ def export(source: Path, target: Path, *, merge: bool = False) -> None:
         if merge and (made / "adapter_config.json").is_file():
             whole = Path(temporary) / "merged"
             whole.mkdir()
-            _merged(made, whole)
+            _merged(made, whole, _recipe(source))
             made = whole
         _tokenizer(source, made)
         made.chmod(0o755)
@@ -79,10 +82,10 @@ def _copy(source: Path, target: Path, patterns: Sequence[str]) -> None:
             shutil.copy2(path, target / path.name)
 
 
-def _recipe(source: Path) -> dict[str, Any]:
+def _recipe(source: Path) -> Recipe:
     for folder in (source, source.parent):
         if (folder / RECIPE).is_file():
-            return yaml.safe_load((folder / RECIPE).read_text())
+            return read_recipe(folder / RECIPE)
     raise RunError(f"{source} has no {RECIPE}, which names its model; copy it there from the run directory")
 
 
@@ -92,30 +95,32 @@ def _tokenizer(source: Path, target: Path) -> None:
             _copy(folder, target, TOKENIZER_FILES)
             return
     from align.model import load_tokenizer
-    from align.sections import ModelSection
 
-    load_tokenizer(ModelSection(**_recipe(source)["model"])).save_pretrained(target)
-
-
-def _merged(source: Path, target: Path) -> None:
-    from peft import AutoPeftModelForCausalLM
-
-    model = AutoPeftModelForCausalLM.from_pretrained(source, dtype="auto")
-    model.merge_and_unload().save_pretrained(target)  # type: ignore[operator]
+    load_tokenizer(_recipe(source).model).save_pretrained(target)
 
 
-def _from_shards(source: Path, target: Path) -> None:
+def _merged(source: Path, target: Path, recipe: Recipe) -> None:
+    from peft import PeftModel
+
+    from align import model as models
+
+    # Merged weights are whole, also where the adapter was trained beside quantized ones.
+    section = replace(recipe.model, load_in_4bit=False, load_in_8bit=False)
+    values = recipe.mixture.needs.values
+    base = models.load_weights(section, models.load_config(section), torch.float32, values=values)
+    PeftModel.from_pretrained(base, str(source)).merge_and_unload().save_pretrained(target)  # type: ignore[operator]
+
+
+def _from_shards(source: Path, target: Path, recipe: Recipe) -> None:
     """Puts FSDP2's parts together on one process, into a model of the recipe."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from torch.distributed.checkpoint.state_dict_loader import load
 
     from align import model as models
-    from align.sections import LoraSection, ModelSection
 
-    values = _recipe(source)
-    section = ModelSection(**values["model"])
-    lora = LoraSection(**values["lora"]) if values.get("lora") else None
-    model: Any = models.policy(section, lora, models.load_config(section), models.compute_dtype(section))
+    section, lora = recipe.model, recipe.lora
+    config, dtype = models.load_config(section), models.compute_dtype(section)
+    model: Any = models.policy(section, lora, config, dtype, recipe.mixture.needs.values)
     state: dict[str, Any] = {"model": model.state_dict() if lora is None else get_peft_model_state_dict(model)}
     with warnings.catch_warnings(action="ignore"):  # that there is one process is meant
         load(state, checkpoint_id=source / SHARDS, no_dist=True)
@@ -135,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         export(options.source, options.target, merge=options.merge)
-    except RunError as error:
+    except (RunError, RecipeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {options.target}")

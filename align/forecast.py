@@ -19,6 +19,7 @@ import psutil
 import torch
 
 from align.assemble import total_steps, train_plan
+from align.engines import launched, shards_weights
 from align.errors import RecipeError, RunError
 from align.forward import bind
 from align.logps import positions_per_chunk
@@ -189,7 +190,8 @@ def look_ahead(recipe: Recipe, config: Any, table: TokenTable) -> Forecast:
             plan = train_plan(recipe, table, share=share, way=way)
             steps = total_steps(recipe, plan.steps_per_epoch)
             ahead = forecast(recipe, config, plan, table, steps, share=share)
-            if ahead.peak <= ahead.available or recipe.train.token_budget != "auto":
+            # Of quantized weights it is not known what they take, so nothing is made smaller for them.
+            if ahead.peak <= ahead.available or recipe.train.token_budget != "auto" or recipe.model.quantized:
                 return ahead
             most = ahead.fitting()
             plan = train_plan(recipe, table, share=share, way=way, most=most)
@@ -234,7 +236,7 @@ def forecast(recipe: Recipe, config: Any, plan: Plan, table: TokenTable, steps: 
         of_step += traced.calls / 3 * plan.microbatches * rates.start
         reference = len(table) / recipe.train.rows_per_step * of_step
     return Forecast(
-        memory=_memory(recipe, traced, device),
+        memory=_memory(recipe, traced, device, plan.world),
         gradients=traced.trained_bytes * (KEPT_BY_ALLOCATOR if device.type == "cpu" else 1.0),
         costliest=plan.positions(rows),
         available=_available(device),
@@ -319,8 +321,10 @@ def skeleton(recipe: Recipe, config: Any) -> torch.nn.Module:
     return model
 
 
-def _memory(recipe: Recipe, traced: Traced, device: torch.device) -> dict[str, float]:
-    name = recipe.train.optim
+def _memory(recipe: Recipe, traced: Traced, device: torch.device, world: int) -> dict[str, float]:
+    name, engine = recipe.train.optim, launched()
+    of_weights = world if shards_weights(engine) else 1
+    of_optimizer = world if engine.startswith(("zero", "fsdp")) else 1
     each = 0 if name in ("sgd", "adafactor") else 2 if "8bit" in name else 8
     paged = name.startswith("paged") and device.type == "cuda"
     second = recipe.needs_reference and (
@@ -333,10 +337,10 @@ def _memory(recipe: Recipe, traced: Traced, device: torch.device) -> dict[str, f
         program = psutil.Process().memory_info().rss + STILL_TO_LOAD
     return {
         "program": program,
-        "weights": traced.parameter_bytes,
-        "optimizer": 0.0 if paged else each * traced.trained,
+        "weights": traced.parameter_bytes / of_weights,
+        "optimizer": 0.0 if paged else each * traced.trained / of_optimizer,
         "gradients and activations": traced.peak * (KEPT_BY_ALLOCATOR if device.type == "cpu" else 1.0),
-        "reference": traced.parameter_bytes if second else 0.0,
+        "reference": traced.parameter_bytes / of_weights if second else 0.0,
         "initial weights": traced.trained_bytes if recipe.regularizers else 0.0,
     }
 

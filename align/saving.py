@@ -23,9 +23,12 @@ MANIFEST = "manifest.json"
 STATE = "align_state.json"
 RECIPE = "recipe.yaml"
 PARTIAL = ".partial"
+STARTED = ".started"
+"""In a run directory from the first step until weights are saved."""
 
 LEFT_BY_RUNS = (
-    "checkpoint-*", PARTIAL, RECIPE, "metrics.jsonl", "results.json", "report.html", "README.md", ".eval_results",
+    "checkpoint-*", "abandoned-checkpoint-*", PARTIAL, STARTED, RECIPE,
+    "metrics.jsonl", "results.json", "report.html", "README.md", ".eval_results",
     "data_report.json", "checks.json", "forecast.json", "example.txt", "resumes.json", "runs", "training_args.bin",
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.*", "vocab.*", "merges.txt",
@@ -207,9 +210,25 @@ def _differences(stored: Any, resolved: Any, path: str = "") -> list[tuple[str, 
 
 
 def unfinished(output_dir: Path) -> bool:
-    """Whether a run has begun in the folder and got neither to a checkpoint nor to its end."""
-    begun = (output_dir / RECIPE).exists()
-    return begun and not checkpoints(output_dir) and not (output_dir / "report.html").exists()
+    """Whether a run has begun in the folder and left neither a checkpoint nor weights, so that nothing can be lost."""
+    left = [*output_dir.glob("checkpoint-*"), *output_dir.glob("*.safetensors")]
+    return (output_dir / STARTED).exists() and not left
+
+
+def set_aside(output_dir: Path, checkpoint: Path) -> list[str]:
+    """Renames checkpoints of later steps than the one that is gone on from: they are of another course of the run, and
+    would be taken for its newest. Returns what to say of each."""
+    if checkpoint.parent.resolve() != output_dir.resolve():
+        return []
+    told, step = [], int(checkpoint.name.rpartition("-")[2])
+    for path in sorted(output_dir.glob("checkpoint-*")):
+        if re.fullmatch(r"checkpoint-\d+", path.name) and int(path.name.rpartition("-")[2]) > step:
+            aside = output_dir / f"abandoned-{path.name}"
+            if aside.exists():
+                shutil.rmtree(aside)
+            path.rename(aside)
+            told.append(f"{path.name} is of the former course and was renamed to {aside.name}")
+    return told
 
 
 def refuse_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> None:

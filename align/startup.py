@@ -174,8 +174,11 @@ def frozen_scorer(model: torch.nn.Module, trainer: ObjectiveTrainer) -> LiveRefe
     """Scores under a second model that training does not touch."""
     model = prepare_frozen(trainer.accelerator, model)
 
+    device, low = trainer.args.device.type, trainer.args.bf16  # DeepSpeed leaves autocast to itself
+
     def score(batch: PackedBatch, keep_head: bool) -> Mapping[str, Any]:
-        with torch.no_grad(), trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
+        trainer.note("scoring the reference")
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=low):
             return model(packed=batch.to(trainer.args.device), keep_head=keep_head)
 
     return score

@@ -202,6 +202,8 @@ def run(recipe: Recipe, command: str = "", measure: Measure | None = None, *, on
         saving.refuse_other_rows(checkpoint, prepared.train.table.fingerprint())
     if first:
         saving.claim_output_dir(output_dir, overwrite=overwrite or again)
+        for line in saving.set_aside(output_dir, checkpoint) if checkpoint is not None else ():
+            say(f"resume: {line}")
         saving.require_space(output_dir, assemble.bytes_needed(recipe), "the weights with their checkpoints")
 
     # From here on it costs something.
@@ -227,7 +229,9 @@ def run(recipe: Recipe, command: str = "", measure: Measure | None = None, *, on
         trainer.save_model()
         if held_out is not None and (averaged or held_out.last_step != trainer.state.global_step):
             trainer.evaluate()
+        results: list[Any] = []
         if first:
+            (output_dir / saving.STARTED).unlink(missing_ok=True)
             if measure is not None:
                 measured += measure(trainer.unwrapped, tokenizer, trainer.state.global_step)
             results = [*(held_out.results if held_out else []), *measured]
@@ -236,8 +240,10 @@ def run(recipe: Recipe, command: str = "", measure: Measure | None = None, *, on
                 (output_dir / "forecast.json").write_text(json.dumps(found, indent=1))
                 for line in lines:
                     say(line)
+        trainer.accelerator.wait_for_everyone()  # the others need not stay for reports and uploads
+    with saving.explained(output_dir):
+        if first:
             run_directory.finish(ready, output_dir, results, command, say)
-    trainer.accelerator.wait_for_everyone()
     return output_dir
 
 

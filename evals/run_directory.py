@@ -16,6 +16,7 @@ from align.build import Run
 from align.errors import RecipeError, RunError
 from align.forward import causal_lm
 from align.recipe import Recipe
+from align.saving import STARTED
 from align.value_head import output_names
 from data.chat import template_fingerprint
 from evals import hub
@@ -62,6 +63,7 @@ def eval_name(recipe: Recipe) -> tuple[str, str]:
 
 def begin(run: Run, output_dir: Path, checkpoint: Path | None, held_out: HeldOut | None, say: Say) -> None:
     """Writes what is known before the first step, and takes back what a former process logged after its checkpoint."""
+    (output_dir / STARTED).write_text("")
     (output_dir / "recipe.yaml").write_text(run.recipe.to_yaml())
     _write(output_dir / "data_report.json", run.prepared.report)
     example = checks.rendered(run.prepared.train.table, 0, run.tokenizer, run.prepared.train.name(0))

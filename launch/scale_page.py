@@ -78,9 +78,9 @@ def communication(model: Model, engine: str, microbatches: int, *, lora: bool = 
     return {
         "ddp": 8 * trained,
         "zero1": 4 * trained,
-        "zero2": 4 * trained,
+        "zero2": 2 * trained + microbatches * 2 * trained,
         "zero3": microbatches * (4 * count + 2 * trained),
-        "fsdp2": microbatches * 4 * count + 4 * trained,
+        "fsdp2": microbatches * (4 * count + 4 * trained),
     }[engine]
 
 
@@ -145,7 +145,7 @@ def page() -> str:
     found = json.loads(NUMBERS.read_text(encoding="utf-8"))
     eight = MODELS[1]
     step = 6 * eight.parameters * 65536 / (8 * PEAK * SHARES[1])
-    gathered = communication(eight, "fsdp2", 1) / BETWEEN
+    gathered = 4 * eight.parameters / BETWEEN
     host = {model.name: 4 * model.parameters * 8 / 1e12 for model in MODELS}
     tokens = 1e9 * 4 / 1e9
     lines = [
@@ -196,8 +196,8 @@ def page() -> str:
         "## Which to choose",
         "",
         "1. What fits on one GPU: `single`, several GPUs: `ddp`. LoRA makes 8B fit on one.",
-        "2. What does not: `fsdp2` (or `zero3`) within a machine. `zero2` communicates least per microbatch where",
-        "   weights still fit.",
+        "2. What does not: `zero1` where weights and gradients still fit, which communicates least; then `zero2`; then",
+        "   `fsdp2` or `zero3`, which divide everything.",
         "3. Between machines the first bottleneck is the network: 8B under `fsdp2` gathers its weights in "
         f"{gathered:.1f} s a",
         f"   microbatch and computes 64 Ki tokens on 8 GPUs in {step:.1f} s. Fewer, larger microbatches (a larger",

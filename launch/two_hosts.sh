@@ -9,6 +9,8 @@ set -euo pipefail
 rank=$1 main=$2 engine=$3
 shift 3
 machines=${MACHINES:-2}
+# How long the launcher waits after SIGTERM for the checkpoint; its default is half a minute.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
 exec "${LAUNCHER:-.venv/bin/accelerate}" launch --config_file "launch/accelerate/$engine" \
     --num_machines "$machines" --num_processes "$((machines * ${GPUS:-8}))" --machine_rank "$rank" \
     --main_process_ip "$main" --main_process_port "${PORT:-29500}" align/train.py "$@"

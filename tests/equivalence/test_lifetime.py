@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from align.lifetime import HUNG, SAVED, Watchdog
+from align.saving import STARTED
 from align.train import main
 from tests.equivalence.test_resume import after_a_crash, command, lines, same_lines
 from tests.support import REPOSITORY
@@ -214,10 +215,23 @@ def test_auto_starts_where_there_is_nothing_and_goes_on_where_there_is(folder: P
     assert main(command(folder, "run", "--resume_from_checkpoint=auto")) == 0
     same_lines(folder / "run", folder / "straight")
     # Killed before its first checkpoint: from the beginning.
-    shutil.rmtree(folder / "run" / "checkpoint-5")
     after_a_crash(folder / "run", step=0)
+    assert main(command(folder, "run", "--resume_from_checkpoint=auto")) == 2  # nothing says that it was unfinished
+    (folder / "run" / STARTED).write_text("")
     assert main(command(folder, "run", "--resume_from_checkpoint=auto")) == 0
     same_lines(folder / "run", folder / "straight")
+
+
+def test_checkpoints_of_a_former_course_are_set_aside(folder: Path, capfd: pytest.CaptureFixture[str]):
+    """Else they would be taken for the newest, and the ones of the new course deleted in their favour."""
+    assert main(command(folder, "run")) == 0
+    for name in ("model.safetensors", "report.html"):
+        (folder / "run" / name).unlink()
+    earlier = f"--resume_from_checkpoint={folder / 'run' / 'checkpoint-5'}"
+    assert main(command(folder, "run", earlier, save_total_limit=1)) == 0
+    assert "resume: checkpoint-10 is of the former course" in capfd.readouterr().out
+    assert (folder / "run" / "abandoned-checkpoint-10").is_dir()
+    assert [path.name for path in (folder / "run").glob("checkpoint-*")] == ["checkpoint-10"]
 
 
 def test_a_run_that_had_its_last_checkpoint_only_finishes(folder: Path):
