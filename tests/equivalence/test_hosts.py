@@ -76,7 +76,7 @@ def outcomes(processes: list[subprocess.Popen[str]], timeout: float) -> list[str
 
 def test_two_hosts(folder: Path, hosts: tuple[str, str]):
     assert main(command(folder, "one", **LONG)) == 0
-    running = start(folder, "cut", "--ddp_timeout=10", **LONG)
+    running = start(folder, "cut", "--ddp_timeout=25", **LONG)
     deadline = time.monotonic() + 180
     while not list((folder / "cut").glob("checkpoint-*/manifest.json")):
         assert all(process.poll() is None for process in running), outcomes(running, 10)

@@ -111,7 +111,7 @@ def test_a_process_that_dies_takes_the_others_with_it(folder: Path):
 
 @pytest.mark.slow
 def test_a_process_that_hangs_is_named(folder: Path):
-    run = start(folder, "run", "--ddp_timeout=6", processes=2)
+    run = start(folder, "run", "--ddp_timeout=20", processes=2)
     wait_for_checkpoint(folder / "run", run)
     hanging = workers(run)[1]
     hanging.send_signal(signal.SIGSTOP)
