@@ -75,6 +75,7 @@ class Watchdog:
 
     def start(self) -> None:
         """Begins to watch."""
+        self._tell()
         self._thread.start()
 
     def stop(self) -> None:
@@ -85,11 +86,15 @@ class Watchdog:
         """Takes down what this process does next; that is progress."""
         self._doing, self._since = doing, time.time()
 
+    def _tell(self) -> None:
+        said = {"doing": self._doing, "since": self._since, "alive": time.time()}
+        with contextlib.suppress(RuntimeError):  # the first process, which keeps the store, may be gone
+            self.store.set(str(self.rank), json.dumps(said))
+
     def _watch(self) -> None:
         while not self._stopped.wait(max(0.05, min(self.limit / 8, 10))):
             doing, since, now = self._doing, self._since, time.time()
-            with contextlib.suppress(RuntimeError):  # the first process, which keeps the store, may be gone
-                self.store.set(str(self.rank), json.dumps({"doing": doing, "since": since, "alive": now}))
+            self._tell()
             if now - since > self.limit and not self._stopped.is_set():
                 print(f"[process {self.rank}] error: {self._told(doing)}", file=sys.stderr, flush=True)
                 self.end(HUNG)
