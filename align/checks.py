@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -91,16 +91,13 @@ def choose_path(model: nn.Module, table: TokenTable, dtype: torch.dtype, device:
     Returns:
         Whether responses may share their prompt, and what was found.
     """
-    lengths = table.shared_lengths()
-    row = int(np.argsort(lengths, kind="stable")[len(lengths) // 2])
-    flats = []
+    row, flats = _middle_row(table), []
     with undisturbed(model), torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         model.eval()
         for share in (False, True):
             batch = pack(table, [row], share=share, counts={}).to(device)
             try:
-                scores = model(packed=batch)
-                flats.append(scores["values" if "values" in scores else "logps"])
+                flats.append(_numbers(model(packed=batch)))
             except Exception as error:
                 if not share:
                     raise RunError(f"the model can't score a row: {_short(error)}") from error
@@ -111,9 +108,8 @@ def choose_path(model: nn.Module, table: TokenTable, dtype: torch.dtype, device:
             "the model gives log-probs that are not finite before any training; check its weights, model.dtype and, "
             "with lora.use_dora, that no weight has rows of zeros"
         )
-    difference = (flats[0] - flats[1]).abs()
-    worst, mean, allowed = float(difference.max()), float(difference.mean()), TOLERANCES[dtype]
-    if not (worst <= allowed.token and mean <= allowed.mean):
+    agree, worst = _agree(flats, dtype)
+    if not agree:
         return False, _fallback(f"log-probs differ by up to {worst:.2g} nats in a token")
     return True, Check(
         check="shared prompts equal separate sequences",
@@ -128,22 +124,35 @@ def check_path(trainer: ObjectiveTrainer, dtype: torch.dtype) -> Check:
     Raises:
         RunError: shared prompts and separate sequences disagree.
     """
-    batches = trainer.batches
-    lengths = batches.table.shared_lengths()
-    row = int(np.argsort(lengths, kind="stable")[len(lengths) // 2])
-    flats = []
-    for share in (False, True):
-        scores = trainer.score(pack(batches.table, [row], share=share, counts={}))
-        flats.append(scores["values" if "values" in scores else "logps"])
-    difference = (flats[0] - flats[1]).abs()
-    worst, mean, allowed = float(difference.max()), float(difference.mean()), TOLERANCES[dtype]
-    if not (worst <= allowed.token and mean <= allowed.mean):
+    table = trainer.batches.table
+    row = _middle_row(table)
+    flats = [_numbers(trainer.score(pack(table, [row], share=share, counts={}))) for share in (False, True)]
+    agree, worst = _agree(flats, dtype)
+    if not agree:
         raise RunError(
             f"with shared prompts log-probs differ by up to {worst:.2g} nats in a token on this engine; set "
             "model.attn_implementation to sdpa or eager"
         )
     detail = f"log-probs of one row differ by at most {worst:.1e} nats in a token"
     return Check(check="the divided model agrees", passed=True, detail=detail)
+
+
+def _middle_row(table: TokenTable) -> int:
+    """One of middling length."""
+    lengths = table.shared_lengths()
+    return int(np.argsort(lengths, kind="stable")[len(lengths) // 2])
+
+
+def _numbers(scores: Mapping[str, Any]) -> Tensor:
+    """What a reward model or a language model gives for a batch."""
+    return scores["values" if "values" in scores else "logps"]
+
+
+def _agree(flats: Sequence[Tensor], dtype: torch.dtype) -> tuple[bool, float]:
+    """Whether two computations of the same numbers do, and how far they are apart at most."""
+    difference, allowed = (flats[0] - flats[1]).abs(), TOLERANCES[dtype]
+    worst, mean = float(difference.max()), float(difference.mean())
+    return worst <= allowed.token and mean <= allowed.mean, worst
 
 
 def _fallback(reason: str) -> Check:

@@ -6,8 +6,8 @@ The trainer, the forward and the objectives do not know them. What has to be kno
                nothing between uses, and its size is in ``ds_numel``
     FSDP2      parameters are DTensors, of which every process has a part
 
-Weights are read whole on every process and sharded when the trainer wraps them: which path is fast and right is found
-out on the whole model, and its fingerprint is taken of it.
+Weights are read whole, into the host memory of every process, where their fingerprint is taken; engines that divide
+them do so afterwards, parameter by parameter, so that no device ever holds all of a model that is larger than it.
 """
 
 from __future__ import annotations
@@ -158,11 +158,6 @@ def in_full(values: Any) -> Any:
     """All of a DTensor, on every process; anything else as it is."""
     full_tensor = getattr(values, "full_tensor", None)
     return full_tensor() if callable(full_tensor) else values
-
-
-def consolidated(accelerator: Any, model: nn.Module) -> dict[str, Tensor]:
-    """Whole weights on the first process, in host memory; every process has to call it."""
-    return accelerator.get_state_dict(model)
 
 
 def finite(norm: Any) -> bool:

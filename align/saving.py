@@ -48,6 +48,10 @@ MAY_DIFFER = {
 """Keys of a recipe that a resumed run may change, because no number depends on them."""
 
 
+NEVER_DIFFERS = ("model.", "lora", "train.optim")
+"""Beginnings of keys that no resumed run may change: weights or the optimizer's state would not fit."""
+
+
 def write_manifest(folder: Path) -> None:
     """Lists every file of a checkpoint with size and hash."""
     files = {
@@ -174,6 +178,14 @@ def refuse_other_recipe(folder: Path, resolved: Mapping[str, Any], *, allowed: b
         for path, was, now in _differences(stored, resolved)
         if path.split(".")[-1] not in MAY_DIFFER.get(path.split(".")[0], set())
     ]
+    plateau = resolved["train"]["lr_scheduler_type"] == "reduce_lr_on_plateau"  # which keeps its own learning rate
+    never = (*NEVER_DIFFERS, "train.lr_scheduler_type", *(["train.learning_rate"] if plateau else []))
+    fixed = [each for each in differing if each.startswith(never)]
+    if fixed:
+        raise RunError(
+            f"{folder} belongs to another recipe, and a run can't change this on its way: {'; '.join(fixed[:5])}; "
+            "start a new output_dir, from its weights if you like (python -m align.export)"
+        )
     if differing and not allowed:
         raise RunError(
             f"{folder} belongs to another recipe: {'; '.join(differing[:5])}; start a new output_dir, or go on with "

@@ -31,7 +31,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from align.anchors import InitialWeights, MovingReference
-from align.engines import consolidated, finite, keep_float32, launched, size, steps_in_backward
+from align.engines import finite, keep_float32, launched, size, steps_in_backward
 from align.errors import RunError
 from align.forward import causal_lm, dense, router_weight
 from align.lifetime import StopSignal, Watchdog
@@ -43,6 +43,8 @@ from data.pack import PackedBatch
 from objectives import Leg, LegBatch, Mean, Mixture, Output, Term, Weighting
 
 NO_WEIGHTS = Weighting(parts={}, likelihood=())
+SETTINGS = ("weight_decay", "betas", "eps")
+"""Of a group of parameters: what a recipe says. Other entries may be state, which a checkpoint is right about."""
 LiveReference = Callable[[PackedBatch, bool], Mapping[str, Any]]
 """Maps a batch to what ``align.forward.score`` gives under the reference; True asks for its head too."""
 PairSums = Mapping[str, np.ndarray]
@@ -100,7 +102,7 @@ class ObjectiveTrainer(Trainer):
         self.weight_state: dict[str, Tensor] = weighting.init_state()
         self._observed: dict[str, Tensor] = {}
         self._summed: dict[str, Tensor] = {}
-        self._decays: list[float] = []
+        self._settings: list[dict[str, Any]] = []
         self._row_losses: dict[str, list[Tensor]] = {}
         self.anchor, self.outputs = anchor, tuple(outputs)
         self.moving_reference: MovingReference | None = None
@@ -478,8 +480,9 @@ class ObjectiveTrainer(Trainer):
             self.resumed = True
             stored = json.loads((Path(checkpoint) / STATE).read_text())
             self.meter.load_state_dict(stored["meter"], first_rank=self.args.process_index == 0)
-            self.objective_state = _from_json(stored["objective_state"])
-            self.weight_state = _from_json(stored["weight_state"])
+            # Of a changed recipe's objectives some may be new, and begin here.
+            self.objective_state |= _known(_from_json(stored["objective_state"]), self.objective_state)
+            self.weight_state |= _known(_from_json(stored["weight_state"]), self.weight_state)
             if self.moving_reference is not None:
                 self.moving_reference.load(Path(checkpoint))
         self.objective_state = {name: value.to(self.args.device) for name, value in self.objective_state.items()}
@@ -505,13 +508,13 @@ class ObjectiveTrainer(Trainer):
         return result
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers makes it; what weight decay each group has is noted, before a checkpoint overwrites it."""
+        """As transformers makes it; the recipe's settings are noted, before a checkpoint brings its own."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        self._decays = [group.get("weight_decay", 0.0) for group in _filled(optimizer)]
+        self._settings = [{key: group[key] for key in SETTINGS if key in group} for group in _filled(optimizer)]
         return optimizer
 
     def _take_settings(self) -> None:
-        """The recipe's own settings of the optimizer, which a checkpoint brings its former ones of."""
+        """Puts the recipe's own settings of the optimizer in place of those that came with a checkpoint."""
         args, optimizer = self.args, cast(torch.optim.Optimizer, self.optimizer)
         schedulers: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
         base = getattr(schedulers, "base_lrs", [])
@@ -521,13 +524,9 @@ class ObjectiveTrainer(Trainer):
             for group in optimizer.param_groups:
                 group |= {"initial_lr": args.learning_rate, "lr": schedulers.get_last_lr()[0]}
         groups = optimizer.param_groups  # of which DeepSpeed leaves empty ones out, and ZeRO-3 empties all
-        groups = groups if len(groups) == len(self._decays) else _filled(optimizer)
-        for group, decay in zip(groups, self._decays, strict=True):
-            group["weight_decay"] = decay
-            if "betas" in group:
-                group |= {"betas": (args.adam_beta1, args.adam_beta2)}
-            if "eps" in group:
-                group["eps"] = args.adam_epsilon
+        groups = groups if len(groups) == len(self._settings) else _filled(optimizer)
+        for group, settings in zip(groups, self._settings, strict=True):
+            group |= settings
 
     # ---- checkpoints ----
 
@@ -539,7 +538,7 @@ class ObjectiveTrainer(Trainer):
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
         elif not _internal_call:
-            state = consolidated(self.accelerator, self.wrapped)
+            state: Any = self.accelerator.get_state_dict(self.wrapped)  # whole on the first process; all take part
             if self.args.should_save:
                 self._save(output_dir or str(self.run_dir), state_dict=state)
 
@@ -588,6 +587,10 @@ class ObjectiveTrainer(Trainer):
             "engine": launched(),
             "processes": self.args.world_size,
         }
+
+
+def _known(stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in stored.items() if name in own}
 
 
 def _filled(optimizer: Any) -> list[dict[str, Any]]:

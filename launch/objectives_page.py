@@ -6,21 +6,20 @@ python -m launch.objectives_page --check      says whether it is up to date
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import re
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
 from data.shapes import RowsKind
+from launch.pages import ROOT, write_or_check
 from objectives import MODIFIERS, OBJECTIVES, REGULARIZERS, RELABELERS, REWARD_TRANSFORMS, TOKEN_WEIGHTS
 from objectives.__main__ import shown
 from objectives.registry import Registry, defaults, example, field_docs, formula, source
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "objectives.md"
 RECIPES = ROOT / "launch" / "recipes"
 
@@ -178,18 +177,9 @@ def recipes_by_name() -> dict[str, list[str]]:
     return {name: sorted(stems, key=lambda stem: stem != name)[:3] for name, stems in found.items()}
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Writes or checks the page; returns the exit status."""
-    about = (__doc__ or "").splitlines()[0]
-    parser = argparse.ArgumentParser(prog="python -m launch.objectives_page", description=about)
-    parser.add_argument("--check", action="store_true", help="say whether the page is up to date")
-    if parser.parse_args(arguments).check:
-        current = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page()
-        print("up to date" if current else "docs/objectives.md is out of date: run `make docs`")
-        return 0 if current else 1
-    PAGE.write_text(page(), encoding="utf-8")
-    print(f"wrote {PAGE.relative_to(ROOT)}")
-    return 0
+    return write_or_check("launch.objectives_page", __doc__, PAGE, page, arguments)
 
 
 if __name__ == "__main__":

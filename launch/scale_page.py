@@ -6,15 +6,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from launch.pages import ROOT, write_or_check
+
 PAGE, NUMBERS = ROOT / "docs" / "scale.md", ROOT / "docs" / "scale.json"
 GIB = 2**30
 
@@ -218,18 +217,9 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
-    """Writes the page, or says whether it is up to date."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    options = parser.parse_args()
-    text = page()
-    if options.check:
-        same = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text
-        print("up to date" if same else f"{PAGE} is not up to date; run python -m launch.scale_page")
-        return 0 if same else 1
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes or checks the page; returns the exit status."""
+    return write_or_check("launch.scale_page", __doc__, PAGE, page, arguments)
 
 
 if __name__ == "__main__":

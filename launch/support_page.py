@@ -9,11 +9,10 @@ Nothing in the table is written down: every combination is put to what refuses r
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ import yaml
 from align.errors import RecipeError
 from align.recipe import read_recipe
 from align.support import ENGINES, reason
+from launch.pages import ROOT, write_or_check
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "support.md"
 RECIPES = ROOT / "launch" / "recipes"
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -143,18 +142,9 @@ def _table(found: dict[tuple[str, str, str], str | None], reasons: dict[str, int
         yield f"| {adapter} | {source} | {' | '.join(cells)} |"
 
 
-def main() -> int:
-    """Writes the page, or says whether it is up to date."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    options = parser.parse_args()
-    text = page()
-    if options.check:
-        same = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text
-        print("up to date" if same else f"{PAGE} is not up to date; run python -m launch.support_page")
-        return 0 if same else 1
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes or checks the page; returns the exit status."""
+    return write_or_check("launch.support_page", __doc__, PAGE, page, arguments)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,6 @@ from tests.support import REPOSITORY
 TOLERANCE = {"rtol": 3e-4, "atol": 3e-5}
 ROUNDED_TOLERANCE = {"rtol": 3e-2, "atol": 3e-2}
 """In bfloat16, which has three digits, and where engines keep other things in it."""
-QUANTIZED_TOLERANCE = {"rtol": 5e-3, "atol": 1e-3}
-"""With 4-bit weights, whose kernel on CPUs depends on how many positions there are at a time."""
 WEIGHTS = 2e-4
 """How far a weight may be off after twenty steps at a learning rate of 1e-3."""
 LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0")
@@ -200,9 +198,7 @@ def weights(run: Path, case: Case) -> dict[str, torch.Tensor]:
 
 def compare(case: Case, found: Path, wanted: Path) -> None:
     """Metrics of every step and the weights at the end."""
-    tolerance = (
-        ROUNDED_TOLERANCE if ROUNDED in case.more else QUANTIZED_TOLERANCE if QUANTIZED in case.more else TOLERANCE
-    )
+    tolerance = ROUNDED_TOLERANCE if ROUNDED in case.more else TOLERANCE
     mine, one = lines(found / case.name), lines(wanted / case.name)
     assert len(one) > 20
     assert [line["step"] for line in mine] == [line["step"] for line in one]
@@ -213,7 +209,7 @@ def compare(case: Case, found: Path, wanted: Path) -> None:
             if not key.startswith("time/") and not counted:
                 message = f"{case.name}, step {b['step']}, {key}"
                 np.testing.assert_allclose(a[key], b[key], err_msg=message, **tolerance)
-    if ROUNDED in case.more or QUANTIZED in case.more:
+    if ROUNDED in case.more:
         return
     own, others = weights(found / case.name, case), weights(wanted / case.name, case)
     assert own.keys() == others.keys()

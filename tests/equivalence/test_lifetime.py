@@ -123,7 +123,7 @@ def test_a_process_that_hangs_is_named(folder: Path):
     assert run.returncode != 0
     said = next(line for line in output.splitlines() if "no progress for" in line)
     assert said.startswith("[process 0] error: ")
-    assert "; process 1 " in said
+    assert "process 1 was last seen in: " in said
 
 
 class Kept(dict[str, str]):
@@ -243,6 +243,26 @@ def test_a_run_that_had_its_last_checkpoint_only_finishes(folder: Path):
     assert main(command(folder, "run", "--resume_from_checkpoint=auto", **keys)) == 0
     same_lines(folder / "run", folder / "straight")
     same_weights(folder / "run", folder / "straight")
+
+
+@pytest.mark.parametrize(
+    "change", ["--optim=sgd", "--lora.r=4", "--lr_scheduler_type=cosine", "--model.dtype=bfloat16"]
+)
+def test_what_a_run_can_not_change_on_its_way(folder: Path, capfd: pytest.CaptureFixture[str], change: str):
+    assert main(command(folder, "run", num_train_epochs=1)) == 0
+    words = ["--resume_from_checkpoint=last", "--allow_recipe_change", change]
+    assert main(command(folder, "run", *words, num_train_epochs=1)) == 2
+    assert "a run can't change this on its way" in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_new_objective_begins_where_the_recipe_changes(folder: Path):
+    assert main(command(folder, "run")) == 0
+    after_a_crash(folder / "run", step=5)
+    objective = '--objective=[{"name":"dpo","beta":0.5},{"name":"beta_dpo","beta":0.5}]'
+    words = [word for word in command(folder, "run", objective) if not word.startswith(("--objective.", "--beta"))]
+    assert main([*words, "--resume_from_checkpoint=last", "--allow_recipe_change"]) == 0
+    state = json.loads((folder / "run" / "checkpoint-10" / "align_state.json").read_text())["objective_state"]
+    assert float(state["beta_dpo/steps"]["values"][0]) == 5  # of ten
 
 
 def test_a_changed_recipe_is_shown_and_holds(folder: Path, capfd: pytest.CaptureFixture[str]):
