@@ -8,14 +8,13 @@ from typing import Any, get_type_hints
 from omegaconf import OmegaConf
 
 from align.errors import RecipeError
-from align.keys import NAMED, elsewhere, fields_of
-from align.sections import SECTIONS
+from align.keys import Schema, elsewhere, fields_of
 
 
-def is_text(path: str) -> bool:
+def is_text(path: str, schema: Schema) -> bool:
     """Whether the key at this path takes text, so that 7 and [END] are not read as YAML."""
     section, _, key = path.partition(".")
-    return section in SECTIONS and get_type_hints(SECTIONS[section]).get(key) in (str, str | None)
+    return section in schema.sections and get_type_hints(schema.sections[section]).get(key) in (str, str | None)
 
 
 def pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
@@ -35,26 +34,27 @@ def pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
         yield key, value, flag
 
 
-def place(key: str, merged: Any) -> str:
+def place(key: str, merged: Any, schema: Schema) -> str:
     """The full path of a key that may lack its section.
 
     Args:
         key: as it stands on the command line, without the dashes.
         merged: the recipe so far.
+        schema: which keys there are.
     """
     if "." in key:
-        return _full(key, merged)
-    if key == "objective":
+        return _full(key, merged, schema)
+    if key == "objective" and key in schema.named:
         return "objective.name"
-    if key in NAMED:
+    if key in schema.named:
         return key
-    if key in SECTIONS:
+    if key in schema.sections:
         raise RecipeError(f"--{key} is a section: write --{key}.KEY VALUE, or --{key} '{{key: value, …}}'")
-    homes = [name for name, cls in SECTIONS.items() if key in fields_of(cls)]
+    homes = [name for name, cls in schema.sections.items() if key in fields_of(cls)]
     own: list[str] = []
     listed: list[str] = []
-    for kind in NAMED:
-        for path, known in _entries(kind, merged):
+    for kind in schema.named:
+        for path, known in _entries(kind, merged, schema):
             several = kind == "objective" and path != "objective"
             own += [] if several else known
             if key in known:
@@ -64,28 +64,28 @@ def place(key: str, merged: Any) -> str:
     if not homes and listed:
         raise RecipeError(f"--{key}: the recipe lists several objectives; write --{listed[0]}.{key}")
     if not homes:
-        raise RecipeError(f"unknown key --{key}{elsewhere(key, own)}")
+        raise RecipeError(f"unknown key --{key}{elsewhere(key, own, schema)}")
     return f"{homes[0]}.{key}"
 
 
-def _full(key: str, merged: Any) -> str:
+def _full(key: str, merged: Any, schema: Schema) -> str:
     head, *rest = key.split(".")
-    if head not in NAMED and head not in SECTIONS:
-        raise RecipeError(f"unknown key --{key}{elsewhere(rest[-1])}")
-    if head in SECTIONS and rest[0] not in (known := fields_of(SECTIONS[head])):
-        raise RecipeError(f"unknown key --{key}{elsewhere(rest[0], known)}")
+    if head not in schema.named and head not in schema.sections:
+        raise RecipeError(f"unknown key --{key}{elsewhere(rest[-1], (), schema)}")
+    if head in schema.sections and rest[0] not in (known := fields_of(schema.sections[head])):
+        raise RecipeError(f"unknown key --{key}{elsewhere(rest[0], known, schema)}")
     listed = OmegaConf.is_list(merged.get(head))
     what = "objectives" if head == "objective" else head
-    if head in NAMED and rest[0].isdigit():
+    if head in schema.named and rest[0].isdigit():
         count = len(merged[head]) if listed else 0
         if int(rest[0]) >= count:
             raise RecipeError(f"--{key}: the recipe has {count} listed {what}, numbered from 0")
-    elif head in NAMED and listed:
+    elif head in schema.named and listed:
         raise RecipeError(f"--{key}: the recipe lists several {what}; write --{head}.0.{'.'.join(rest)}")
     return key
 
 
-def _entries(kind: str, merged: Any) -> Iterator[tuple[str, list[str]]]:
+def _entries(kind: str, merged: Any, schema: Schema) -> Iterator[tuple[str, list[str]]]:
     """The paths of a named section's entries, each with the keys it may have."""
     values = merged.get(kind)
     several = enumerate(values) if OmegaConf.is_list(values) else ()
@@ -93,6 +93,6 @@ def _entries(kind: str, merged: Any) -> Iterator[tuple[str, list[str]]]:
         if not OmegaConf.is_dict(entry):
             continue
         name = entry.get("name")
-        if isinstance(name, str) and name in NAMED[kind]:
+        if isinstance(name, str) and name in schema.named[kind]:
             own = ["weight"] if path == "objective" else []
-            yield path, [*fields_of(NAMED[kind][name]), *own]
+            yield path, [*fields_of(schema.named[kind][name]), *own]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from align.errors import RecipeError
@@ -73,35 +74,67 @@ NEEDLESS = {
 """Keys of other trainers that nothing here corresponds to, and why."""
 
 
-def check_keys(tree: Mapping[str, Any], where: str) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Schema:
+    """The sections that a command's recipes have."""
+
+    sections: Mapping[str, Any]
+    """Dataclasses by name; a field is a key."""
+    named: Mapping[str, Registry] = field(default_factory=dict)
+    """Sections that hold one entry, or a list of them, whose keys depend on its name."""
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
+    """Keys of other programs, to answer with ours."""
+    needless: Mapping[str, str] = field(default_factory=dict)
+    """Keys of other programs that nothing here corresponds to, and why."""
+    required: tuple[str, ...]
+    """Sections without which nothing can be done."""
+    example: str
+    """A complete recipe, for messages."""
+    command: str
+    """What lists every key with ``--help``."""
+
+
+TRAINING = Schema(
+    sections=SECTIONS,
+    named=NAMED,
+    elsewhere=ELSEWHERE,
+    needless=NEEDLESS,
+    required=("model", "data", "objective", "train"),
+    example="launch/recipes/dpo.yaml",
+    command="align/train.py",
+)
+
+
+def check_keys(tree: Mapping[str, Any], where: str, schema: Schema = TRAINING) -> None:
     """Refuses sections and keys that don't exist, naming the nearest that does."""
     for section, keys in tree.items():
-        if section in NAMED:
+        if section in schema.named:
             continue
-        if section not in SECTIONS:
-            raise RecipeError(f"{where}: unknown section {section!r}{elsewhere(str(section), SECTIONS)}")
+        if section not in schema.sections:
+            near = elsewhere(str(section), schema.sections, schema)
+            raise RecipeError(f"{where}: unknown section {section!r}{near}")
         if not isinstance(keys, Mapping):
             raise RecipeError(
                 f"{where}: section {section!r} must hold keys, got {keys!r}; write them, or leave the section out"
             )
-        known = [f.name for f in dataclasses.fields(SECTIONS[section])]
+        known = fields_of(schema.sections[section])
         for key in keys:
             if key not in known:
-                raise RecipeError(f"{where}: unknown key {section}.{key}{elsewhere(str(key), known)}")
+                raise RecipeError(f"{where}: unknown key {section}.{key}{elsewhere(str(key), known, schema)}")
 
 
-def elsewhere(key: str, known: Iterable[str] = ()) -> str:
+def elsewhere(key: str, known: Iterable[str] = (), schema: Schema = TRAINING) -> str:
     """What to write instead of an unknown key. ``known`` are the names that could have been meant first."""
-    if key in ELSEWHERE:
-        return f": here it is {ELSEWHERE[key]}"
-    if key in NEEDLESS:
-        return f"; leave it out: {NEEDLESS[key]}"
-    homes = [f"{section}.{key}" for section, cls in SECTIONS.items() if key in fields_of(cls)]
+    if key in schema.elsewhere:
+        return f": here it is {schema.elsewhere[key]}"
+    if key in schema.needless:
+        return f"; leave it out: {schema.needless[key]}"
+    homes = [f"{section}.{key}" for section, cls in schema.sections.items() if key in fields_of(cls)]
     if homes:
         return f"; did you mean {homes[0]!r}?"
-    every = [name for cls in SECTIONS.values() for name in fields_of(cls)]
-    near = did_you_mean(key, list(known)) or did_you_mean(key, [*every, *SECTIONS, *NAMED])
-    return near or "; align/train.py --help lists every key"
+    every = [name for cls in schema.sections.values() for name in fields_of(cls)]
+    near = did_you_mean(key, list(known)) or did_you_mean(key, [*every, *schema.sections, *schema.named])
+    return near or f"; {schema.command} --help lists every key"
 
 
 def fields_of(cls: type) -> list[str]:

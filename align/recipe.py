@@ -2,28 +2,24 @@
 
     python align/train.py --config dpo.yaml --learning_rate 1e-6 --objective.beta 0.2
 
-A key that occurs in one section only may be written without it. Reading and merging is OmegaConf's, conversion to the
-fields' types pydantic's; what is ours is that nothing is ever ignored: unknown keys, values out of range and keys that
-would have no effect are errors of one sentence.
+Keys that would have no effect are errors of one sentence, as unknown keys and values out of range are (see
+``align.settings``).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from align.command_line import is_text, pairs, place
 from align.contradictions import SINGLE_DATASET, is_adam, refuse_contradictions, refuse_idle, refuse_idle_reference
 from align.errors import RecipeError
-from align.keys import NAMED, check_keys
+from align.keys import NAMED, TRAINING
 from align.sections import (
     SECTIONS,
     DataSection,
@@ -33,6 +29,7 @@ from align.sections import (
     ReferenceSection,
     TrainSection,
 )
+from align.settings import merge
 from align.typed import Entry, entries, section
 from objectives import Mixture, Weighting, mixture, weighting
 from objectives.modifiers import TRDPO
@@ -160,69 +157,13 @@ def read_recipe(config: str | Path | None, overrides: Sequence[str] = ()) -> Rec
     Raises:
         RecipeError: one sentence on the first fault found.
     """
-    tree = _load(Path(config)) if config is not None else {}
-    where = str(config) if config is not None else "the command line"
-    check_keys(tree, where)
-    merged = OmegaConf.create(tree)
-    written = dict.fromkeys(_paths(tree), where)
-    commanded: set[str] = set()
-    for key, value, flag in pairs(overrides):
-        try:
-            parsed = OmegaConf.from_dotlist([f"v={value}"])["v"] if value else None
-            if key in NAMED and key != "objective" and isinstance(parsed, str):
-                parsed = OmegaConf.create({"name": parsed})  # --token_weights goldfish
-            whole = key in (*SECTIONS, *NAMED) and OmegaConf.is_config(parsed)
-            path = key if whole else place(key, merged)
-            if flag and is_text(path):
-                raise RecipeError(f"--{key} takes a value")
-            if is_text(path) and parsed is not None:
-                parsed = parsed if isinstance(parsed, str) else value  # --run_name 7 and --eos_token [END] are text
-            OmegaConf.update(merged, path, parsed, merge=False, force_add=True)
-        except (OmegaConfBaseException, yaml.YAMLError, TypeError, IndexError) as error:
-            raise RecipeError(f"--{key} can't be set to {value!r} ({_one_line(error)}); write it as in YAML") from None
-        paths = list(_paths({key: OmegaConf.to_container(parsed)})) if whole else [path]
-        commanded.update(paths)
-        written.update(dict.fromkeys(paths, "the command line"))
-    try:
-        values: Any = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        raise RecipeError(f"{where}: {_one_line(error)}") from None
-    assert isinstance(values, dict)
-    check_keys(values, where)
-    return _build(values, written, commanded)
-
-
-def _load(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise RecipeError(f"there is no recipe {str(path)!r}; --config takes a YAML file, e.g. launch/recipes/dpo.yaml")
-    try:
-        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not valid YAML: {_one_line(error)}") from None
-    if not isinstance(loaded, dict):
-        raise RecipeError(
-            f"{path} must hold sections (model, data, objective, train, …), not a {type(loaded).__name__}"
-        )
-    return loaded  # type: ignore[return-value]
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
-def _paths(tree: Mapping[str, Any]) -> Iterator[str]:
-    for head, keys in tree.items():
-        yield head
-        listed = enumerate(keys) if isinstance(keys, list) else [(None, keys)]
-        for number, entry in listed:
-            prefix = head if number is None else f"{head}.{number}"
-            if isinstance(entry, Mapping):
-                yield from (f"{prefix}.{key}" for key in entry)
+    found = merge(config, overrides, TRAINING)
+    return _build(found.values, found.written, found.commanded)
 
 
 def _build(values: dict[str, Any], written: Mapping[str, str], commanded: set[str]) -> Recipe:
     idle: list[str] = []
-    for required in ("model", "data", "objective", "train"):
+    for required in TRAINING.required:
         if required not in values:
             raise RecipeError(f"the recipe has no {required!r} section; see launch/recipes/dpo.yaml for a complete one")
     refuse_idle(values, written, commanded, idle)

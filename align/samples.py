@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -244,6 +245,41 @@ def _incomplete(path: Path, name: str, found: int, n: int) -> RunError:
     return RunError(
         f"{path}: prompt {name} has {found} samples, not {n}; give the n they were made with, or a new output"
     )
+
+
+def sort(path: Path, order: Sequence[str]) -> None:
+    """Sorts a file by prompts, so that it is the same wherever its making was interrupted.
+
+    Args:
+        path: a file of samples, which may not be there.
+        order: ids of prompts; those that are not among them come last.
+    """
+    if not path.is_file():
+        return
+    places: dict[str, tuple[int, int]] = {}
+    with path.open("rb") as file:
+        position = 0
+        for line in file:
+            name = json.loads(line)["prompt_id"]
+            first, _ = places.get(name, (position, 0))
+            position += len(line)
+            places[name] = (first, position)
+        known = set(order)
+        wanted = [*(name for name in order if name in places), *(name for name in places if name not in known)]
+        if wanted == list(places):
+            return
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as target:
+                for name in wanted:
+                    first, end = places[name]
+                    file.seek(first)
+                    target.write(file.read(end - first))
+            os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
 
 
 def total(groups: Iterable[Group]) -> int:

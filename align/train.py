@@ -20,12 +20,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from align import settings
 from align.errors import RecipeError, RunError
+from align.keys import TRAINING
 from align.lifetime import SAVED, Preempted
 from align.recipe import Recipe, read_recipe
-from align.sections import SECTIONS
 from data.errors import DataError
-from objectives.registry import defaults, field_docs
 
 Measure = Callable[[Any, Any, int], list[Any]]
 """Maps a policy, its tokenizer and the number of steps taken to results."""
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None, measure: Measure | None = None)
         return 0
     try:
         only_plan = "--plan" in words
-        recipe = read_recipe(*_config([word for word in words if word != "--plan"]))
+        recipe = read_recipe(*settings.split_config([word for word in words if word != "--plan"], TRAINING.example))
         run(recipe, command=shlex.join(["align/train.py", *words]), measure=measure, only_plan=only_plan)
     except (RecipeError, DataError, RunError) as error:
         first = os.environ.get("RANK", "0") == "0" or "LOCAL_RANK" not in os.environ
@@ -65,33 +65,10 @@ def main(arguments: Sequence[str] | None = None, measure: Measure | None = None)
     return 0
 
 
-def _config(words: list[str]) -> tuple[str | None, list[str]]:
-    """Takes ``--config FILE`` out of the command line."""
-    if sum(word == "--config" or word.startswith("--config=") for word in words) > 1:
-        raise RecipeError("--config is given twice; write one recipe, and what differs as --key value")
-    for i, word in enumerate(words):
-        if word == "--config":
-            if i + 1 == len(words):
-                raise RecipeError("--config takes a YAML file, e.g. launch/recipes/dpo.yaml")
-            return words[i + 1], words[:i] + words[i + 2 :]
-        if word.startswith("--config="):
-            return word.partition("=")[2], words[:i] + words[i + 1 :]
-    return None, words
-
-
 def usage() -> str:
     """Every key of every section, with default and meaning."""
-    lines = [
-        (__doc__ or "").strip(),
-        "",
-        "Keys (the section may be left out where the key is the only one of its name):",
-    ]
-    for section, cls in SECTIONS.items():
-        lines += ["", f"{section}: {(cls.__doc__ or '').splitlines()[0]}"]
-        docs = field_docs(cls)
-        lines += [f"  --{section}.{key} (default {value!r})\n      {docs[key]}" for key, value in defaults(cls).items()]
-    lines += ["", "objective: name, weight, and the objective's own keys; `python -m objectives` lists them."]
-    return "\n".join(lines)
+    about = "objective: name, weight, and the objective's own keys; `python -m objectives` lists them."
+    return f"{settings.usage(__doc__, TRAINING)}\n\n{about}"
 
 
 def quiet_libraries() -> None:

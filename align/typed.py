@@ -12,10 +12,13 @@ from typing import Any, get_args, get_type_hints
 from pydantic import TypeAdapter
 
 from align.errors import RecipeError
-from align.keys import NAMED, fields_of
+from align.keys import TRAINING, Schema, fields_of
 from align.sections import DatasetSection
 from objectives.checks import require
-from objectives.registry import did_you_mean
+from objectives.registry import Registry, did_you_mean
+
+WEIGHTED = ("objective", "scores")
+"""Named sections whose entries are summed, each with a weight."""
 
 
 def section(cls: type, values: Mapping[str, Any], path: str) -> Any:
@@ -98,16 +101,22 @@ def idle_keys(entry: Entry) -> dict[str, str]:
 
 
 def entries(
-    kind: str, values: Any, written: Mapping[str, str], commanded: set[str], idle: list[str]
+    kind: str,
+    values: Any,
+    written: Mapping[str, str],
+    commanded: set[str],
+    idle: list[str],
+    schema: Schema = TRAINING,
 ) -> tuple[Entry, ...]:
     """The entries of a named section.
 
     Args:
-        kind: ``objective``, ``token_weights`` or ``relabel``.
+        kind: the section: ``objective``, ``token_weights``, ``relabel``, …
         values: a name, a mapping with a name, or a list of these.
         written: paths that the recipe or the command line holds.
         commanded: those of the command line.
         idle: gets a line for each key that the command line made idle.
+        schema: which keys there are.
     """
     listed = isinstance(values, list)
     if not values:
@@ -120,7 +129,7 @@ def entries(
     built: list[Entry] = []
     for number, value in enumerate(values if listed else [values]):
         path = f"{kind}.{number}" if listed else kind
-        built.append(_entry(kind, path, value, commanded, idle))
+        built.append(_entry(schema.named[kind], kind, path, value, commanded, idle))
         for key, reason in idle_keys(built[-1]).items():
             if f"{path}.{key}" not in written or (isinstance(value, Mapping) and value.get(key) is None):
                 continue
@@ -131,8 +140,7 @@ def entries(
     return tuple(built)
 
 
-def _entry(kind: str, path: str, value: Any, commanded: set[str], idle: list[str]) -> Entry:
-    registry = NAMED[kind]
+def _entry(registry: Registry, kind: str, path: str, value: Any, commanded: set[str], idle: list[str]) -> Entry:
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, Mapping) or "name" not in value:
@@ -142,6 +150,7 @@ def _entry(kind: str, path: str, value: Any, commanded: set[str], idle: list[str
             "token_weights": "{name: goldfish, k: 4}",
             "regularizers": "{name: wise_ft, tuned_share: 0.5}",
             "reward_transforms": "{name: z_score}",
+            "scores": "{name: math, column: answer}",
         }
         fits = example.get(kind, "{name: reward_augmented, form: system}")
         raise RecipeError(f"{path} must be a mapping with a name, e.g. {fits}, got {value!r}")
@@ -152,13 +161,13 @@ def _entry(kind: str, path: str, value: Any, commanded: set[str], idle: list[str
         cls = registry[name]
     except ValueError as error:
         raise RecipeError(f"{path}.name: {error}") from None
-    own = ("name", "weight") if kind == "objective" else ("name",)
+    own = ("name", "weight") if kind in WEIGHTED else ("name",)
     keys = {key: given for key, given in value.items() if key not in own}
     if f"{path}.name" in commanded:  # another entry than the file's: keys it does not have are idle now
         for key in [key for key in keys if key not in fields_of(cls) and f"{path}.{key}" not in commanded]:
             idle.append(f"{path}.{key} = {keys.pop(key)!r}: {name} has no such key")
     built = section(cls, keys, path)
-    if kind != "objective":
+    if kind not in WEIGHTED:
         return Entry(name=name, built=built)
     try:
         weight = TypeAdapter(float).validate_python(value.get("weight", 1.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ METRICS: Mapping[str, Metric] = {
     "answers/score": Metric("Gold score of sampled answers", ""),
 }
 """Every metric of this module."""
+BATCH = 512
+"""Sequences drawn together."""
 
 
 class Answers:
@@ -57,15 +60,9 @@ class Answers:
     def _draw(
         self, model: Any, tokenizer: Any, asked: Sequence[Problem], seed: int
     ) -> tuple[list[list[float]], list[list[float]]]:
-        how = Sampling(
-            n=self.how.n,
-            temperature=self.how.temperature,
-            max_new_tokens=self.how.max_new_tokens,
-            batch=self.how.batch,
-            seed=seed,
-        )
+        how = replace(self.how, seed=seed)
         prompts = [({"role": "user", "content": problem.question},) for problem in asked]
-        texts = sample(model, tokenizer, prompts, how, goal=self.goal)
+        texts = sample(model, tokenizer, prompts, how, goal=self.goal, batch=BATCH)
         right = [[float(answer_of(t) == p.answer) for t in drawn] for p, drawn in zip(asked, texts, strict=True)]
         scores = [[gold_score(p, t) for t in drawn] for p, drawn in zip(asked, texts, strict=True)]
         return right, scores
@@ -92,7 +89,7 @@ class Answers:
         extra = {
             "samples": self.how.n,
             "temperature": self.how.temperature,
-            "max_new_tokens": self.how.max_new_tokens,
+            "max_tokens": self.how.max_tokens,
             "seed": self.how.seed,
         }
         return [

@@ -16,12 +16,12 @@ import yaml
 
 from data.shapes import RowsKind
 from launch.pages import ROOT, write_or_check
+from launch.recipes import training_recipes
 from objectives import MODIFIERS, OBJECTIVES, REGULARIZERS, RELABELERS, REWARD_TRANSFORMS, TOKEN_WEIGHTS
 from objectives.__main__ import shown
 from objectives.registry import Registry, defaults, example, field_docs, formula, source
 
 PAGE = ROOT / "docs" / "objectives.md"
-RECIPES = ROOT / "launch" / "recipes"
 
 SECTIONS: dict[str, tuple[str, Registry, str]] = {
     "objective": ("Objectives", OBJECTIVES, "`objective:` – one, or a list with weights, whose losses add up."),
@@ -168,7 +168,7 @@ def _cell(text: str) -> str:
 def recipes_by_name() -> dict[str, list[str]]:
     """Recipes by the registered names they use, the one of that name first."""
     found: dict[str, list[str]] = {}
-    for path in sorted(RECIPES.glob("*.yaml")):
+    for path in training_recipes():
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
         for section in SECTIONS:
             entries = tree.get(section) or []

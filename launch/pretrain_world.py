@@ -48,8 +48,8 @@ SYSTEM_TURNS = (
 SYSTEM_SHARE, TABLE_SHARE = 0.1, 0.25
 """Shares of conversations that begin with a system turn, and of documents that are steps of problems without story."""
 ROWS_PER_STEP, LEARNING_RATE = 32, 3e-3
-EIGHT = Sampling(n=8, max_new_tokens=80)
-GREEDY = Sampling(temperature=0, max_new_tokens=80)
+EIGHT = Sampling(n=8, max_tokens=80)
+GREEDY = Sampling(temperature=0, max_tokens=80)
 SHARD = 100
 """Steps whose rows are made, and sorted by length, at once."""
 

@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ ROWS = (
     ("ranking/accuracy", "test", "better answer more probable"),
     ("displacement/chosen", "test", "log-prob of better answers, change"),
 )
-DRAW = Sampling(n=8, temperature=1.0, max_new_tokens=64, batch=512)
+DRAW = Sampling(n=8, temperature=1.0, max_tokens=64)
 
 
 def load_policy() -> tuple[Any, Any]:
@@ -46,8 +47,8 @@ def load_policy() -> tuple[Any, Any]:
 
 def draw(model: Any, tokenizer: Any, asked: Sequence[Problem], seed: int) -> list[list[str]]:
     """Eight answers of the policy to each problem."""
-    how = Sampling(n=DRAW.n, max_new_tokens=DRAW.max_new_tokens, batch=DRAW.batch, seed=seed)
-    return sample(model, tokenizer, [({"role": "user", "content": problem.question},) for problem in asked], how)
+    prompts = [({"role": "user", "content": problem.question},) for problem in asked]
+    return sample(model, tokenizer, prompts, replace(DRAW, seed=seed), batch=512)
 
 
 def write_rows(path: Path, rows: Sequence[Any]) -> None:
@@ -116,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
             "--rows_per_step=32",
             "--logging_steps=10",
         ],
-        measure=Answers(held_out, Sampling(n=4, max_new_tokens=64, batch=512, seed=7)),
+        measure=Answers(held_out, Sampling(n=4, max_tokens=64, seed=7)),
     )
     if status:
         return status

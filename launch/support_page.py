@@ -22,9 +22,9 @@ from align.errors import RecipeError
 from align.recipe import read_recipe
 from align.support import ENGINES, reason
 from launch.pages import ROOT, write_or_check
+from launch.recipes import training_recipes
 
 PAGE = ROOT / "docs" / "support.md"
-RECIPES = ROOT / "launch" / "recipes"
 ADAPTERS: dict[str, dict[str, Any]] = {
     "all weights": {},
     "LoRA": {"lora": {"r": 8}},
@@ -92,7 +92,7 @@ def page() -> str:
     """The whole page."""
     groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     kept: dict[tuple[Any, ...], dict[tuple[str, str, str], str | None]] = {}
-    for path in sorted(RECIPES.glob("*.yaml")):
+    for path in training_recipes():
         found = outcomes(path)
         # A reference beside objectives that need none has no effect: which source makes no difference.
         if all("needs no reference model" in str(why) for why in found.values()):

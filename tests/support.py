@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+
+from filelock import FileLock
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -11,3 +14,30 @@ SHARED = Path(os.environ.get("ALIGN_SHARED") or REPOSITORY.parent / "shared")
 """Models and data sets too large for the repository. Tests ask for the fixture ``shared``, which skips without it."""
 
 VECTORS = REPOSITORY / "tests" / "vectors"
+
+
+def once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """A folder that the first test process to ask for it fills, and all others read.
+
+    Args:
+        folder: below what all processes of a test run share.
+        make: fills it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.is_dir():
+            part = folder.with_suffix(".part")
+            part.mkdir()
+            make(part)
+            part.rename(folder)
+    return folder
+
+
+def common_folder(base: Path, worker: str) -> Path:
+    """What all processes of a test run share.
+
+    Args:
+        base: ``tmp_path_factory.getbasetemp()``.
+        worker: the fixture ``worker_id``: ``master`` where there is one process.
+    """
+    return base if worker == "master" else base.parent

@@ -67,7 +67,7 @@ class Bench:
         """Eight answers of the shipped policy to each."""
         model, tokenizer = load(POLICY)
         prompts = [({"role": "user", "content": problem.question},) for problem in self.asked]
-        return sample(model, tokenizer, prompts, Sampling(n=8, max_new_tokens=64, batch=512, seed=1))
+        return sample(model, tokenizer, prompts, Sampling(n=8, max_tokens=64, seed=1), batch=512)
 
     @cached_property
     def start(self) -> Estimate:
@@ -113,7 +113,7 @@ class Bench:
         model, tokenizer = load(model_folder)
         measure = Answers(
             {"held_out": problems("held_out", self.held_out, seed=3)},
-            Sampling(n=2, max_new_tokens=64, batch=512, seed=7),
+            Sampling(n=2, max_tokens=64, seed=7),
             goal=goal,
         )
         found = next(r for r in measure(model, tokenizer, 0) if r.metric == "answers/accuracy")
@@ -336,7 +336,7 @@ def talr(bench: Bench) -> Iterator[Finding]:
 def _new_skill(folder: Path, tests: Sequence[Mapping[str, str]]) -> float:
     model, tokenizer = load(folder)
     prompts = [({"role": "user", "content": test["prompt"]},) for test in tests]
-    answers = sample(model, tokenizer, prompts, Sampling(temperature=0, max_new_tokens=24, batch=512))
+    answers = sample(model, tokenizer, prompts, Sampling(temperature=0, max_tokens=24), batch=512)
     return float(np.mean([drawn[0] == test["completion"] for drawn, test in zip(answers, tests, strict=True)]))
 
 

@@ -39,9 +39,9 @@ import numpy as np
 from align.recipe import Recipe, read_recipe
 from align.train import main as align_train
 from evals import held_out
+from launch.recipes import FOLDER, training_recipes
 from objectives.stats import Estimate, mean_with_interval
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "promises.md"
 STEPS, PROMPTS = 30, 48
 SCORED = "alpaca_eval_scored"
@@ -96,7 +96,7 @@ def shared() -> Path:
 
 def words(name: str, data: str, folder: Path, steps: int = STEPS) -> list[str]:
     """A recipe's command line on other data, with a smaller model."""
-    path = RECIPES / f"{name}.yaml"
+    path = FOLDER / f"{name}.yaml"
     recipe = read_recipe(path)
     rows = shared() / "data" / f"{data}.jsonl.gz"
     found = [
@@ -126,7 +126,7 @@ def words(name: str, data: str, folder: Path, steps: int = STEPS) -> list[str]:
 
 def train(name: str, data: str, folder: Path, *more: str) -> Trained:
     """Trains one recipe, without a warning, and evaluates it on its own rows."""
-    recipe = read_recipe(RECIPES / f"{name}.yaml")
+    recipe = read_recipe(FOLDER / f"{name}.yaml")
     seen: dict[int, Sums] = {}
     prompts: list[np.ndarray] = []
     call = held_out.HeldOut.__call__
@@ -334,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="recipes, with commas between; the document is then only printed")
     only = [name for name in parser.parse_args(arguments).only.split(",") if name]
-    names = only or sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    names = only or [path.stem for path in training_recipes()]
     with tempfile.TemporaryDirectory() as temporary:
         os.environ.setdefault("ALIGN_CACHE", str(Path(temporary) / "cache"))
         document = report(names, Path(temporary))

@@ -25,8 +25,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.bench.promises import RECIPES, shared
+from launch.bench.promises import shared
 from launch.bench.promises import words as settings
+from launch.recipes import FOLDER, training_recipes
 
 STEPS = 12
 MEASURED = "# Measured"
@@ -113,7 +114,7 @@ def _free(leg: Any) -> Any:
 
 def write(name: str, text: str) -> None:
     """Puts the line into the recipe, after its other leading comments."""
-    path = RECIPES / f"{name}.yaml"
+    path = FOLDER / f"{name}.yaml"
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith(MEASURED)]
     at = next(number for number, line in enumerate(lines) if not line.startswith("#"))
     path.write_text("\n".join([*lines[:at], text, *lines[at:]]) + "\n", encoding="utf-8")
@@ -131,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     shared()
     only = [name for name in options.only.split(",") if name]
-    names = only or sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    names = only or [path.stem for path in training_recipes()]
     worst = ("", 0.0)
     with tempfile.TemporaryDirectory() as temporary:
         os.environ["ALIGN_CACHE"] = str(Path(temporary) / "cache")

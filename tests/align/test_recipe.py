@@ -12,10 +12,11 @@ import yaml
 from align.errors import RecipeError
 from align.recipe import read_recipe
 from align.sections import SECTIONS
+from launch.recipes import training_recipes
 from objectives.registry import field_docs
 from tests.support import REPOSITORY
 
-RECIPES = sorted((REPOSITORY / "launch" / "recipes").glob("*.yaml"))
+RECIPES = training_recipes()
 MINIMAL = ["--model_name_or_path=m", "--dataset_name=d", "--output_dir=o", "--objective=dpo"]
 
 

@@ -454,6 +454,6 @@ def test_pretraining_repeats_by_seed(tokenizer):
 def test_the_policy_is_right_about_half_of_the_time(policy, tokenizer):
     asked = problems("held_out", 200, seed=7)
     prompts = [({"role": "user", "content": problem.question},) for problem in asked]
-    sampled = sample(policy, tokenizer, prompts, Sampling(max_new_tokens=80, seed=7))
+    sampled = sample(policy, tokenizer, prompts, Sampling(max_tokens=80, seed=7))
     right = sum(answer_of(text) == problem.answer for problem, [text] in zip(asked, sampled, strict=True))
     assert 0.35 <= right / 200 <= 0.65

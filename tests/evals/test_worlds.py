@@ -13,7 +13,7 @@ from data.worlds import POLICY, answer_of, gold_score, problems
 from evals.worlds import METRICS, Answers
 from objectives.relabel import RewardAugmented
 
-HOW = Sampling(n=4, max_new_tokens=48, seed=7)
+HOW = Sampling(n=4, max_tokens=48, seed=7)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_shares_are_of_right_answers(measured: tuple[Answers, dict, dict], polic
 def test_a_goal_reaches_the_samples(policy: tuple[Any, Any]):
     """The shipped policy has never seen a goal before a question, and answers otherwise."""
     asked = {"held_out": problems("held_out", 4, seed=3)}
-    how = Sampling(n=1, temperature=0, max_new_tokens=32)
+    how = Sampling(n=1, temperature=0, max_tokens=32)
     plain = Answers(asked, how)
     plain(*policy, 0)
     aimed = Answers(asked, how, goal=RewardAugmented(lowest=0, highest=1))

@@ -15,11 +15,11 @@ import yaml
 from align.recipe import read_recipe
 from align.train import main
 from data.worlds import POLICY, candidates, gold, labels, pairs, problems, scored, triples
+from launch.recipes import training_recipes
 from objectives import MODIFIERS, OBJECTIVES, REGULARIZERS, RELABELERS, TOKEN_WEIGHTS
 from tests.equivalence.runs import write_rows
-from tests.support import REPOSITORY
 
-RECIPES = sorted((REPOSITORY / "launch" / "recipes").glob("*.yaml"))
+RECIPES = training_recipes()
 OBVIOUS = {"name", "output_dir", "learning_rate", "num_train_epochs", "lr_scheduler_type", "logging_steps"}
 OBVIOUS |= {"push_to_hub", "beta"}
 EXPLAINED_ABOVE = {"max_density_ratio", "highest"}

@@ -1,0 +1,426 @@
+"""Draws samples of a policy, to JSON lines that scores, selection and pairs are made of.
+
+    python -m align.sample --config launch/recipes/sample.yaml --model_name_or_path M --dataset_name D \\
+        --engine vllm --n 8 --max_tokens 256 --output samples.jsonl
+    python -m align.sample --help       every key, its default and what it means
+
+Prompts come from any dataset that can be trained on, each prompt once, and are written as in training. Killed and
+started again with the same command, it goes on: what is written stays, and samples do not depend on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from align import samples as stored
+from align import settings
+from align.adapters import AdapterInfo, read_adapter, refuse_other_base
+from align.errors import RecipeError, RunError
+from align.fingerprints import joined, weights_on_disk
+from align.keys import Schema
+from align.prompts import Prompt, Prompts, PromptSection, read_prompts
+from align.samplers import Sampler, ServingSection, api_key, end_tokens, make_sampler
+from align.samples import Origin, Sample
+from align.sampling import Drawn, Request, Sampling, decoded, encoded, spread, without_end
+from align.server_sampler import ServerSampler
+from data.errors import DataError
+from objectives import RELABELERS
+from objectives.checks import require
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledModel:
+    """What is sampled from."""
+
+    model_name_or_path: str
+    """Hub id or folder of a causal language model."""
+    model_revision: str = "main"
+    """Branch, tag or commit on the Hub."""
+    adapter_name_or_path: str | None = None
+    """Folder of a LoRA adapter on it."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of weights and computation. auto: the checkpoint's on GPUs, float32 elsewhere."""
+    attn_implementation: Literal["auto", "sdpa", "eager"] = "auto"
+    """With engine transformers."""
+    tokenizer_name_or_path: str | None = None
+    """Where the tokenizer is, if not with the model."""
+    eos_token: str | None = None
+    """Token that ends a response, if not the tokenizer's own."""
+    chat_template: str | None = None
+    """File with a Jinja chat template that replaces the tokenizer's."""
+    trust_remote_code: bool = False
+    """Whether code that comes with the model may be run."""
+
+    @property
+    def quantized(self) -> bool:
+        """Whether weights are kept in fewer bits."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSection:
+    """Where samples go."""
+
+    output: str
+    """File of JSON lines. One that holds a part of the same samples is gone on with."""
+    overwrite: bool = False
+    """Delete what the file holds."""
+    shard: str | None = None
+    """i/k: only every k-th prompt, from the i-th (0 to k − 1): several machines can share the work."""
+
+    def __post_init__(self) -> None:
+        if self.shard is not None:
+            i, _, k = self.shard.partition("/")
+            fine = i.isdigit() and k.isdigit() and int(i) < int(k)
+            require("shard", self.shard, fine, "i/k with i from 0 to k − 1, e.g. 0/4")
+
+
+SCHEMA = Schema(
+    sections={
+        "model": SampledModel,
+        "data": PromptSection,
+        "sampling": Sampling,
+        "serving": ServingSection,
+        "out": OutputSection,
+    },
+    named={"relabel": RELABELERS},
+    elsewhere={
+        "max_new_tokens": "sampling.max_tokens",
+        "num_samples": "sampling.n",
+        "num_return_sequences": "sampling.n",
+        "best_of": "sampling.n, and a strategy of python -m align.answer",
+        "output_dir": "out.output, a file",
+        "model": "model.model_name_or_path",
+        "lora": "model.adapter_name_or_path",
+    },
+    required=("model", "data", "out"),
+    example="launch/recipes/sample.yaml",
+    command="python -m align.sample",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be drawn."""
+
+    model: SampledModel
+    data: PromptSection
+    sampling: Sampling
+    serving: ServingSection
+    out: OutputSection
+    goal: Any = None
+    """A relabeler that asks for what it trained for: ``RewardAugmented``."""
+
+
+def read_job(config: str | None, words: Sequence[str]) -> Job:
+    """The settings of a command line.
+
+    Raises:
+        RecipeError: one sentence on what is wrong.
+    """
+    found = settings.read_settings(config, words, SCHEMA)
+    relabel = found.pop("relabel")
+    goals = [entry.built for entry in relabel]
+    if any(not hasattr(goal, "condition") for goal in goals) or len(goals) > 1:
+        raise RecipeError("relabel: only reward_augmented asks for something in its prompts; leave the others out")
+    return Job(**found, goal=goals[0] if goals else None)
+
+
+def run(job: Job, say: Say = print, sampler: Sampler | None = None) -> Path:
+    """Draws what is missing.
+
+    Args:
+        job: the settings.
+        say: told what is done.
+        sampler: one that is running, instead of one that the settings describe.
+    Returns:
+        The file, in the order of the dataset.
+    Raises:
+        RecipeError, DataError, RunError: one sentence on what is wrong and what to do.
+    """
+    from align import model as models
+    from data.chat import template_fingerprint
+
+    output, n = Path(job.out.output), job.sampling.n
+    output.parent.mkdir(parents=True, exist_ok=True)
+    adapter = _adapter(job)
+    config = models.load_config(job.model)  # type: ignore[arg-type]
+    tokenizer = models.load_tokenizer(job.model)  # type: ignore[arg-type]
+    prompts = _shard(read_prompts(job.data), job.out.shard)
+    _tell_prompts(prompts, say)
+    with _alone(output):
+        if job.out.overwrite:
+            output.unlink(missing_ok=True)
+        done = stored.repair(output, n)
+        served = _server(job, tokenizer) if job.serving.chosen == "server" and sampler is None else None
+        origin = Origin(
+            engine="",
+            model=job.model.adapter_name_or_path or job.model.model_name_or_path,
+            fingerprint=_fingerprint(job, adapter, served),
+            template=template_fingerprint(tokenizer),
+            sampling=job.sampling.described() | ({} if job.goal is None else {"goal": dataclasses.asdict(job.goal)}),
+        )
+        _refuse_others(output, origin)
+        missing = [prompt for prompt in prompts.found if prompt.id not in done]
+        if done:
+            say(f"{output}: {len(done)} prompts are there already, {len(missing)} are missing")
+        ends = end_tokens(job.model.model_name_or_path, tokenizer)
+        length = _longest(job, models.context_length(config), served)
+        report: dict[str, Any] = {}
+        if missing and job.serving.data_parallel_size > 1 and sampler is None:
+            from align.parallel_sampling import in_parallel
+
+            report = in_parallel(job, output, say)
+        elif missing:
+            sampler = sampler or served
+            if sampler is None:
+                if job.serving.engine == "auto" and job.serving.chosen == "transformers":
+                    say("vLLM is not installed: sampling with transformers, which is slow for large models")
+                sampler = make_sampler(
+                    job.serving,
+                    section=job.model,
+                    tokenizer=tokenizer,
+                    adapter=adapter,
+                    max_model_len=length,
+                    ends=ends,
+                    seed=job.sampling.seed,
+                )
+            try:
+                origin = dataclasses.replace(origin, engine=sampler.engine)
+                report = _Drawing(job, sampler, tokenizer, ends, length, origin).draw(missing, output, say)
+            finally:
+                sampler.close()
+        stored.sort(output, [prompt.id for prompt in prompts.found])
+        _write_report(output, prompts, report)
+    return output
+
+
+class _Drawing:
+    """One pass over the prompts that are missing."""
+
+    def __init__(self, job: Job, sampler: Sampler, tokenizer: Any, ends: set[int], length: int, origin: Origin) -> None:
+        self.job, self.sampler, self.tokenizer = job, sampler, tokenizer
+        self.ends, self.length, self.origin = ends, length, origin
+        self.too_long: list[int] = []
+        self.open: dict[int, tuple[Prompt, Request, list[int]]] = {}
+        self.finished: Counter[str] = Counter()
+
+    def requests(self, prompts: Sequence[Prompt], bar: Any) -> Iterator[Request]:
+        """Requests, made as they are asked for; prompts without room for a response are left out and counted."""
+        how = self.job.sampling
+        for number, prompt in enumerate(prompts):
+            text = prompt.text if self.job.goal is None else self.job.goal.condition(prompt.text)
+            rendered, ids = encoded(text, self.tokenizer)
+            room = self.length - len(ids)
+            if room < 1:
+                self.too_long.append(prompt.row)
+                bar.update()
+                continue
+            seed = spread(how.seed, int(prompt.id[:8], 16))
+            most = min(how.max_tokens, room)
+            request = Request(number=number, prompt=tuple(ids), n=how.n, max_tokens=most, seed=seed)
+            self.open[number] = (prompt, request, [] if rendered.chat else ids)
+            yield request
+
+    def draw(self, prompts: Sequence[Prompt], output: Path, say: Say) -> dict[str, Any]:
+        """Draws and writes; says at the end what there was."""
+        tokens, began = 0, time.perf_counter()
+        quiet = not sys.stderr.isatty()
+        with tqdm(total=len(prompts), unit="prompt", disable=quiet, smoothing=0.05) as bar:
+            for number, drawn in self.sampler.draw(self.requests(prompts, bar), self.job.sampling):
+                prompt, request, before = self.open.pop(number)
+                stored.append(output, [self._sample(prompt, request, i, each, before) for i, each in enumerate(drawn)])
+                tokens += sum(len(each.token_ids) for each in drawn)
+                self.finished.update(each.finish_reason for each in drawn)
+                bar.set_postfix_str(f"{tokens / (time.perf_counter() - began):,.0f} tokens/s", refresh=False)
+                bar.update()
+        seconds = time.perf_counter() - began
+        count = sum(self.finished.values())
+        say(
+            f"{count} samples, {tokens} tokens in {seconds:.1f} s: "
+            f"{tokens / seconds:,.0f} tokens/s ({self.origin.engine})"
+        )
+        if self.finished["length"]:
+            say(f"  {self.finished['length']} reached the limit of tokens")
+        if self.too_long:
+            say(
+                f"  {len(self.too_long)} prompts leave no room for a response within {self.length} tokens, the first "
+                f"in row {self.too_long[0]}: raise serving.max_model_len if the model can, or shorten them"
+            )
+        if not count:
+            raise RunError("no prompt leaves room for a response; raise serving.max_model_len, or shorten the prompts")
+        return {
+            "samples": count,
+            "tokens": tokens,
+            "seconds": seconds,
+            "finish_reasons": dict(self.finished),
+            "too_long": self.too_long,
+        }
+
+    def _sample(self, prompt: Prompt, request: Request, index: int, drawn: Drawn, before: list[int]) -> Sample:
+        ids = without_end(drawn, self.ends)
+        return Sample(
+            prompt_id=prompt.id,
+            index=index,
+            row=prompt.row,
+            prompt=prompt.text,
+            text=decoded(self.tokenizer, ids, before, self.job.sampling.stop),
+            token_ids=drawn.token_ids,
+            logprob=drawn.logprob,
+            finish_reason=drawn.finish_reason,
+            seed=request.seed + index,
+            origin=self.origin,
+            columns=prompt.columns,
+        )
+
+
+def _adapter(job: Job) -> AdapterInfo | None:
+    if job.model.adapter_name_or_path is None:
+        return None
+    adapter = read_adapter(job.model.adapter_name_or_path)
+    refuse_other_base(adapter, job.model.model_name_or_path)
+    return adapter
+
+
+def _server(job: Job, tokenizer: Any) -> ServerSampler:
+    serving = job.serving
+    assert serving.base_url is not None
+    return ServerSampler(
+        serving.base_url,
+        model=serving.served_model_name,
+        ends=end_tokens(job.model.model_name_or_path, tokenizer),
+        timeout=serving.timeout,
+        api_key=api_key(serving),
+    )
+
+
+def _fingerprint(job: Job, adapter: AdapterInfo | None, served: ServerSampler | None) -> str:
+    """Of what is sampled; a server must serve what the settings name.
+
+    Raises:
+        RunError: it serves other weights.
+    """
+    asked = joined(
+        weights_on_disk(job.model.model_name_or_path, job.model.model_revision),
+        None if adapter is None else weights_on_disk(adapter.path),
+    )
+    if served is None:
+        return asked
+    wanted = job.model.adapter_name_or_path or job.model.model_name_or_path
+    if served.root == wanted:
+        return asked
+    folders = [Path(served.root), Path(wanted)]
+    same = all(folder.is_dir() for folder in folders) and len({*map(weights_on_disk, map(str, folders))}) == 1
+    if not same:
+        raise RunError(
+            f"{served.url} serves {served.root!r}, and the settings name {wanted!r}; start the server with that, or "
+            "set model.model_name_or_path (or serving.served_model_name) to what it serves"
+        )
+    return asked
+
+
+def _longest(job: Job, context: int | None, served: ServerSampler | None) -> int:
+    """Most tokens of prompt and response.
+
+    Raises:
+        RunError: more is asked for than the model's context.
+    """
+    asked, most = job.serving.max_model_len, context or 2**20
+    if served is not None and served.max_model_len is not None:
+        most = min(most, served.max_model_len)
+    if asked is not None and asked > most:
+        raise RunError(f"serving.max_model_len {asked} exceeds the model's context of {most} tokens; lower it")
+    if asked is None and context is None:
+        return 4096
+    return asked or most
+
+
+def _shard(prompts: Prompts, shard: str | None) -> Prompts:
+    if shard is not None:
+        i, k = map(int, shard.split("/"))
+        prompts.found = prompts.found[i::k]
+    return prompts
+
+
+def _tell_prompts(prompts: Prompts, say: Say) -> None:
+    repeated = f", {prompts.repeated} repeat an earlier one" if prompts.repeated else ""
+    say(f"{prompts.source}: {prompts.rows} rows, {len(prompts.found)} prompts to sample{repeated}")
+    for reason, rows in prompts.problems.items():
+        say(f"  {len(rows)} rows have none: {reason} (first: row {rows[0]})")
+
+
+def _alone(output: Path) -> Any:
+    """Holds the file for this process."""
+    lock = FileLock(output.with_name(f".{output.name}.lock"), timeout=0)
+    try:
+        return lock.acquire()
+    except Timeout:
+        raise RunError(f"{output}: another process is writing it; wait for it, or give another output") from None
+
+
+def _refuse_others(output: Path, origin: Origin) -> None:
+    """Refuses to go on with a file whose samples come from something else."""
+    if not output.is_file() or not output.stat().st_size:
+        return
+    with output.open(encoding="utf-8") as file:
+        there = stored.parse(file.readline(), f"{output}, line 1").origin
+    pairs = {
+        "weights": (there.fingerprint, origin.fingerprint),
+        "the chat template": (there.template, origin.template),
+        **{f"sampling.{key}": (there.sampling.get(key), value) for key, value in origin.sampling.items()},
+    }
+    differing = [f"{name} ({was} there, {now} now)" for name, (was, now) in pairs.items() if was != now]
+    if differing:
+        raise RunError(
+            f"{output} holds samples of other settings: {'; '.join(differing)}; give another output, or --overwrite"
+        )
+
+
+def _write_report(output: Path, prompts: Prompts, report: dict[str, Any]) -> None:
+    whole = {
+        "dataset": prompts.source,
+        "rows": prompts.rows,
+        "prompts": len(prompts.found),
+        "repeated": prompts.repeated,
+        "problems": prompts.problems,
+        **report,
+    }
+    output.with_name(f"{output.name}.report.json").write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Samples; returns the exit status: 0, 2 after one sentence on what is wrong, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or "--help" in words or "-h" in words:
+        print(settings.usage(__doc__, SCHEMA))
+        return 0
+    try:
+        job = read_job(*settings.split_config(words, SCHEMA.example))
+        from align.train import quiet_libraries
+
+        quiet_libraries()
+        print(f"wrote {run(job, say=lambda line: print(line, flush=True))}")
+    except (RecipeError, DataError, RunError) as error:
+        tqdm.write(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
