@@ -33,6 +33,7 @@ from align.prompts import Prompt, Prompts, PromptSection, read_prompts
 from align.samplers import Sampler, ServingSection, api_key, end_tokens, make_sampler
 from align.samples import Origin, Sample
 from align.sampling import Drawn, Request, Sampling, decoded, encoded, spread, without_end
+from align.sections import ModelSection
 from align.server_sampler import ServerSampler
 from data.errors import DataError
 from objectives import RELABELERS
@@ -65,9 +66,10 @@ class SampledModel:
     """Whether code that comes with the model may be run."""
 
     @property
-    def quantized(self) -> bool:
-        """Whether weights are kept in fewer bits."""
-        return False
+    def section(self) -> ModelSection:
+        """As a recipe for training would have it."""
+        own = {key: value for key, value in dataclasses.asdict(self).items() if key != "adapter_name_or_path"}
+        return ModelSection(**own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +159,8 @@ def run(job: Job, say: Say = print, sampler: Sampler | None = None) -> Path:
     output, n = Path(job.out.output), job.sampling.n
     output.parent.mkdir(parents=True, exist_ok=True)
     adapter = _adapter(job)
-    config = models.load_config(job.model)  # type: ignore[arg-type]
-    tokenizer = models.load_tokenizer(job.model)  # type: ignore[arg-type]
+    config = models.load_config(job.model.section)
+    tokenizer = models.load_tokenizer(job.model.section)
     prompts = _shard(read_prompts(job.data), job.out.shard)
     _tell_prompts(prompts, say)
     with _alone(output):
@@ -191,7 +193,7 @@ def run(job: Job, say: Say = print, sampler: Sampler | None = None) -> Path:
                     say("vLLM is not installed: sampling with transformers, which is slow for large models")
                 sampler = make_sampler(
                     job.serving,
-                    section=job.model,
+                    section=job.model.section,
                     tokenizer=tokenizer,
                     adapter=adapter,
                     max_model_len=length,

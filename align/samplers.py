@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from align import vllm_sampler
 from align.adapters import AdapterInfo
 from align.errors import RunError
 from align.sampling import Drawn, Request, Sampling, draw
+from align.sections import ModelSection
 from objectives.checks import require
 
 
@@ -52,13 +53,14 @@ class ServingSection:
             require("max_model_len", self.max_model_len, self.max_model_len >= 2, ">= 2")
         if (self.engine == "server") != (self.base_url is not None):
             raise ValueError("engine server and base_url go together: give both, or neither")
-        server = ("served_model_name", "api_key_env")
-        own = ("gpu_memory_utilization", "engine_args")
-        for key in server if self.engine != "server" else own:
-            if getattr(self, key):
-                raise ValueError(f"{key} has no effect with engine {self.engine}; remove it")
-        if self.engine in ("server", "transformers") and (self.tensor_parallel_size, self.data_parallel_size) != (1, 1):
-            raise ValueError(f"tensor_parallel_size and data_parallel_size have no effect with engine {self.engine}")
+        server = () if self.engine == "server" else ("served_model_name", "api_key_env")
+        others = self.engine in ("server", "transformers")
+        own = ("gpu_memory_utilization", "engine_args") if others else ()
+        idle = [key for key in (*server, *own) if getattr(self, key)]
+        parallel = ("tensor_parallel_size", "data_parallel_size") if others else ()
+        idle += [key for key in parallel if getattr(self, key) != 1]
+        if idle:
+            raise ValueError(f"{idle[0]} has no effect with engine {self.engine}; remove it")
 
     @property
     def chosen(self) -> str:
@@ -68,6 +70,7 @@ class ServingSection:
         return "vllm" if vllm_sampler.installed() is not None else "transformers"
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """Continues prompts."""
 
@@ -139,7 +142,7 @@ def end_tokens(name: str, tokenizer: Any) -> set[int]:
 def make_sampler(
     serving: ServingSection,
     *,
-    section: Any,
+    section: ModelSection,
     tokenizer: Any,
     adapter: AdapterInfo | None,
     max_model_len: int,
@@ -150,7 +153,7 @@ def make_sampler(
 
     Args:
         serving: the settings.
-        section: of the model: ``align.sections.ModelSection`` or what has its keys.
+        section: of the model.
         tokenizer: loaded, with the recipe's end token.
         adapter: on the model.
         max_model_len: most tokens of prompt and response.
@@ -180,6 +183,8 @@ def make_sampler(
     from align import model as models
 
     config = models.load_config(section)
+    if section.attn_implementation == "auto":  # what is best for training need not be for one token after the other
+        section = replace(section, attn_implementation=models.dense_attention(config))  # type: ignore[arg-type]
     model: Any = models.load_weights(section, config, models.compute_dtype(section))
     if adapter is not None:
         from peft import PeftModel

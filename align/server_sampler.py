@@ -42,10 +42,10 @@ class ServerSampler:
         ends: set[int],
         timeout: float = 600.0,
         api_key: str | None = None,
-        waits: tuple[float, ...] = WAITS,
+        waits: tuple[float, ...] | None = None,
     ) -> None:
         self.url = base_url.rstrip("/").removesuffix("/v1")
-        self.ends, self.waits = sorted(ends), waits
+        self.ends, self.waits = sorted(ends), WAITS if waits is None else waits
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._client = httpx.Client(timeout=timeout, headers=headers)
         self._served = self._models()
