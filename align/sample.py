@@ -26,6 +26,7 @@ from tqdm import tqdm
 from align import samples as stored
 from align import settings
 from align.adapters import AdapterInfo, read_adapter, refuse_other_base
+from align.console import quiet_libraries, tell
 from align.errors import RecipeError, RunError
 from align.fingerprints import joined, weights_on_disk
 from align.keys import Schema
@@ -411,12 +412,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         job = read_job(*settings.split_config(words, SCHEMA.example))
-        from align.train import quiet_libraries
-
         quiet_libraries()
         print(f"wrote {run(job, say=lambda line: print(line, flush=True))}")
     except (RecipeError, DataError, RunError) as error:
-        tqdm.write(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr, flush=True)

@@ -18,9 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from align import settings
+from align.console import quiet_libraries, tell
 from align.errors import RecipeError, RunError
 from align.keys import TRAINING
 from align.lifetime import SAVED, Preempted
@@ -54,10 +53,10 @@ def main(arguments: Sequence[str] | None = None, measure: Measure | None = None)
         first = os.environ.get("RANK", "0") == "0" or "LOCAL_RANK" not in os.environ
         # Usually all processes say the same, but not always.
         who = "" if first else f"[process {os.environ['RANK']}] "
-        tqdm.write(f"{who}error: {error}", file=sys.stderr)  # on a line of its own, where a progress bar stands
+        tell(f"{who}error: {error}")
         return 2
     except Preempted as stopped:
-        tqdm.write(str(stopped), file=sys.stderr)
+        tell(str(stopped))
         return SAVED
     except KeyboardInterrupt:
         print("stopped; go on from the last checkpoint with --resume_from_checkpoint last", file=sys.stderr, flush=True)
@@ -69,17 +68,6 @@ def usage() -> str:
     """Every key of every section, with default and meaning."""
     about = "objective: name, weight, and the objective's own keys; `python -m objectives` lists them."
     return f"{settings.usage(__doc__, TRAINING)}\n\n{about}"
-
-
-def quiet_libraries() -> None:
-    """Keeps what libraries print about themselves out of the way of what a run has to say."""
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when imported; else DeepSpeed warns that it found no GPU
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 def keep_freed_memory() -> None:

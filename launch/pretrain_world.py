@@ -25,8 +25,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from align.console import quiet_libraries
 from align.sampling import Sampling, sample
-from align.train import quiet_libraries
 from data.worlds import POLICY, SPLITS, answer_of, candidates, problems
 from objectives.stats import mean_with_interval
 

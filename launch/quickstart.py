@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from align.console import quiet_libraries
 from align.sampling import Sampling, sample
 from align.train import main as train
-from align.train import quiet_libraries
 from data.worlds import POLICY, Problem, problems, scored
 from evals.worlds import Answers
 

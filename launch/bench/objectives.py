@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from align.console import quiet_libraries
 from align.sampling import Sampling, sample
 from align.train import main as align_train
-from align.train import quiet_libraries
 from data.worlds import POLICY, Flaws, Problem, candidates, gold_score, labels, problems, scored, triples
 from evals.worlds import Answers
 from objectives.relabel import RewardAugmented

@@ -25,7 +25,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from align.train import quiet_libraries
+from align.console import quiet_libraries
 from launch.bench.workloads import COLUMNS, made_up, make_model
 
 SIDES = ("ours", "again", "trl")
