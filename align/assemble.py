@@ -54,7 +54,12 @@ def data_spec(recipe: Recipe, max_length: int) -> DataSpec:
         legs=recipe.mixture.needs.legs,
         labels=recipe.mixture.needs.labels,
         scores=recipe.mixture.needs.scores,
-        rule=Rule(name=data.rule, threshold=data.threshold, margin=data.margin),
+        rule=Rule(
+            name=data.rule,
+            threshold=data.threshold,
+            margin=data.margin,
+            max_length_ratio=data.max_length_ratio,
+        ),
         reward_transforms=tuple(entry.built for entry in recipe.reward_transforms),
         relabel=tuple(entry.built for entry in recipe.relabel),
         policy=TokenPolicy(max_length=max_length, truncation=data.truncation),

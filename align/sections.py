@@ -142,6 +142,9 @@ class DataSection:
     """Least score of a good response, with rule threshold."""
     margin: float = 0.0
     """Least difference between the scores of chosen and rejected; pairs closer than that are left out and counted."""
+    max_length_ratio: float | None = None
+    """Of a pair that the rule makes, the longer response has at most this many times the characters of the shorter one;
+    a prompt without such a pair is left out and counted. Against a model that learns that longer is better."""
 
     def __post_init__(self) -> None:
         require("eval_share", self.eval_share, 0 <= self.eval_share <= 0.5, "in [0, 0.5]")
@@ -151,6 +154,8 @@ class DataSection:
         if self.max_rows is not None:
             require("max_rows", self.max_rows, self.max_rows >= 1, ">= 1")
         require("margin", self.margin, self.margin >= 0, ">= 0")
+        ratio = self.max_length_ratio
+        require("max_length_ratio", ratio, ratio is None or ratio >= 1, ">= 1")
         if self.rule == "threshold" and self.threshold is None:
             raise ValueError("rule threshold needs data.threshold, the least score of a good response")
         if self.rule == "margin" and not self.margin:

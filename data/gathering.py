@@ -208,19 +208,21 @@ def _refuse_idle_rule(spec: DataSpec, loaded: Sequence[LoadedRows], legs: Sequen
     if not _any_scored(loaded):
         names = ", ".join(each.source for each in loaded)
         raise DataError(
-            f"{names}: data.rule, data.threshold and data.margin say how scored responses become pairs, and the rows "
-            "have none; leave them out"
+            f"{names}: data.rule, data.threshold, data.margin and data.max_length_ratio say how scored responses "
+            "become pairs, and the rows have none; leave them out"
         )
     if not rule_matters(legs, labels=spec.labels):
         which = "every one" if list(legs) == [COMPLETION] else "the best"
         raise DataError(
             f"data.rule {spec.rule.name} has no effect: the objective takes {which} of the scored responses "
-            f"({' and '.join(legs)}); leave out data.rule, data.threshold and data.margin"
+            f"({' and '.join(legs)}); leave out data.rule, data.threshold, data.margin and data.max_length_ratio"
         )
-    if spec.rule.name == "threshold" and spec.rule.margin and set(legs) <= {COMPLETION, MISMATCHED}:
-        raise DataError(
-            "data.margin has no effect: with data.rule threshold every response gets a label; leave data.margin out"
-        )
+    if spec.rule.name == "threshold" and set(legs) <= {COMPLETION, MISMATCHED}:
+        idle = "margin" if spec.rule.margin else "max_length_ratio" if spec.rule.max_length_ratio is not None else None
+        if idle is not None:
+            raise DataError(
+                f"data.{idle} has no effect: with data.rule threshold every response gets a label; leave it out"
+            )
 
 
 def _rescored(loaded: Sequence[LoadedRows], spec: DataSpec, legs: Sequence[str]) -> list[LoadedRows]:

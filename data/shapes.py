@@ -18,7 +18,7 @@ from data.errors import DataError
 from data.formats import RowProblem
 from data.rowstore import prompt_key
 from objectives.registry import OBJECTIVES, did_you_mean, example
-from objectives.rows import Candidate, Row
+from objectives.rows import Candidate, Row, Text
 
 RULES = ("best_vs_worst", "best_vs_random", "threshold", "margin")
 COMPLETION, MISMATCHED, PAIR = "completion", "mismatched", frozenset({"chosen", "rejected"})
@@ -45,6 +45,8 @@ class Rule:
     """Score from which a response is good; with rule threshold, and only there."""
     margin: float = 0.0
     """The scores of a pair differ by at least this, ≥ 0; with rule margin > 0."""
+    max_length_ratio: float | None = None
+    """The longer response of a pair has at most this many times the characters of the shorter one, ≥ 1."""
 
     def __post_init__(self) -> None:
         if self.name not in RULES:
@@ -62,6 +64,10 @@ class Rule:
             raise DataError(f"data.margin must be a finite number >= 0, not {self.margin}")
         if self.name == "margin" and self.margin == 0:
             raise DataError("data.rule margin needs data.margin > 0, by which the scores of a pair differ at least")
+        if self.max_length_ratio is not None and not (
+            math.isfinite(self.max_length_ratio) and self.max_length_ratio >= 1
+        ):
+            raise DataError(f"data.max_length_ratio must be a finite number >= 1, not {self.max_length_ratio}")
 
     def pairs(self, ranked: Sequence[Candidate], draw: random.Random) -> list[tuple[Candidate, Candidate]] | str:
         """Better and worse responses, or the reason why there are none.
@@ -75,7 +81,8 @@ class Rule:
         if ranked[0].score == ranked[-1].score:
             return "all responses have the same score"
         if self.name == "best_vs_worst":
-            options = [(ranked[0], ranked[-1])]
+            worst = ranked[-1:] if self.max_length_ratio is None else reversed(ranked)  # the worst of like length
+            options = [(ranked[0], worse) for worse in worst]
         elif self.name == "best_vs_random":
             options = [(ranked[0], worse) for worse in ranked]
         elif self.name == "margin":
@@ -92,17 +99,33 @@ class Rule:
         distinct = [(better, worse) for better, worse in apart if better.text != worse.text]
         if not distinct:
             return "identical chosen and rejected"
-        return distinct if self.name == "margin" else [draw.choice(distinct)]
+        alike = [pair for pair in distinct if self._of_like_length(*pair)]
+        if not alike:
+            return "lengths differ by more than data.max_length_ratio"
+        if self.name == "margin":
+            return alike
+        return alike[:1] if self.name == "best_vs_worst" else [draw.choice(alike)]
 
     def is_good(self, response: Candidate) -> bool:
         """Whether a response reaches the threshold."""
         assert self.threshold is not None, "only rule threshold has one"
         return response.score >= self.threshold
 
+    def _of_like_length(self, one: Candidate, other: Candidate) -> bool:
+        if self.max_length_ratio is None:
+            return True
+        shorter, longer = sorted((characters(one.text), characters(other.text)))
+        return longer <= self.max_length_ratio * shorter
+
     def _apart(self, better: float, worse: float) -> bool:
         # 0.9 and 0.8 differ by 0.1, whatever floating point makes of them.
         difference = better - worse
         return difference > 0 and (difference >= self.margin or math.isclose(difference, self.margin, rel_tol=1e-9))
+
+
+def characters(text: Text) -> int:
+    """Length of a text, or of all messages' contents together."""
+    return len(text) if isinstance(text, str) else sum(len(str(each.get("content") or "")) for each in text)
 
 
 @dataclass(frozen=True, slots=True)

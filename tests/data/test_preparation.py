@@ -436,7 +436,7 @@ def test_streams_are_prepared_like_files(tmp_path, tokenized):
         (
             PAIRS,
             {"rule": Rule(margin=0.5)},
-            "data.rule, data.threshold and data.margin say how scored responses become",
+            "data.rule, data.threshold, data.margin and data.max_length_ratio say how scored responses",
         ),
         (SCORED, {"legs": ("gold",), "rule": Rule(margin=0.5)}, "data.rule best_vs_worst has no effect: the objective"),
         (

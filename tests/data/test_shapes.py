@@ -104,6 +104,21 @@ def test_a_margin_goes_with_any_rule():
     assert reason(scored(0.1, 0.3, index=1), rule=Rule(margin=0.5)) == "scores differ by less than data.margin"
 
 
+def test_lengths_of_a_pair_are_alike_where_asked():
+    """40, 10, 20 and 39 characters: with a ratio of 2, the best goes with the worst of at least 20."""
+    row = replace(
+        scored(0.9, 0.1, 0.3, 0.5),
+        candidates=tuple(
+            Candidate(text="x" * length, score=score) for length, score in ((40, 0.9), (39, 0.5), (20, 0.3), (10, 0.1))
+        ),
+    )
+    assert [tuple(pair.values()) for pair in made(row, rule=Rule(max_length_ratio=2))] == [(0.9, 0.3)]
+    assert [tuple(pair.values()) for pair in made(row, rule=Rule(max_length_ratio=1.1))] == [(0.9, 0.5)]
+    assert reason(row, rule=Rule(max_length_ratio=1)) == "lengths differ by more than data.max_length_ratio"
+    every = made(row, rule=Rule(name="margin", margin=0.1, max_length_ratio=2))
+    assert [tuple(pair.values()) for pair in every] == [(0.9, 0.5), (0.9, 0.3), (0.5, 0.3), (0.3, 0.1)]
+
+
 def test_triples_are_the_best_the_second_and_the_worst():
     """The construction of TPO's authors."""
     assert made(scored(3, 9, 7, 8), TRIPLE) == [{"chosen": 8.0, "rejected": 3.0, "gold": 9.0}]
@@ -233,6 +248,7 @@ def test_random_choices_follow_the_seed():
         ({"margin": -1.0}, "data.margin must be a finite number >= 0, not -1.0"),
         ({"margin": float("inf")}, "data.margin must be a finite number >= 0, not inf"),
         ({"name": "margin"}, "data.rule margin needs data.margin > 0"),
+        ({"max_length_ratio": 0.9}, "data.max_length_ratio must be a finite number >= 1, not 0.9"),
     ],
 )
 def test_rules_that_make_no_sense(options, part):
