@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -23,6 +22,7 @@ from typing import Any
 import xxhash
 
 from align.errors import RunError
+from data.files import replacing
 from data.rowstore import prompt_key
 from objectives.rows import Text
 
@@ -268,18 +268,11 @@ def sort(path: Path, order: Sequence[str]) -> None:
         wanted = [*(name for name in order if name in places), *(name for name in places if name not in known)]
         if wanted == list(places):
             return
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as target:
-                for name in wanted:
-                    first, end = places[name]
-                    file.seek(first)
-                    target.write(file.read(end - first))
-            os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with replacing(path) as target:
+            for name in wanted:
+                first, end = places[name]
+                file.seek(first)
+                target.write(file.read(end - first))
 
 
 def total(groups: Iterable[Group]) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from align.errors import RunError
@@ -254,6 +255,31 @@ def refuse_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> Non
             f"{output_dir} already holds a run ({leftovers[0]}); choose another --output_dir, go on with "
             "--resume_from_checkpoint last, or delete it with --overwrite_output_dir"
         )
+
+
+@contextlib.contextmanager
+def alone_in(output_dir: Path) -> Iterator[None]:
+    """Keeps other runs out of the folder for the while.
+
+    Raises:
+        RunError: one is in it.
+    """
+    lock = FileLock(output_dir / ".lock", timeout=0)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise RunError(
+            f"another process trains in {output_dir}; wait for it, or end it (a launcher that was killed leaves its "
+            "processes behind), or choose another --output_dir"
+        ) from None
+    except OSError:
+        yield  # the folder can't be written, which whoever writes it explains
+        return
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def claim_output_dir(output_dir: Path, *, overwrite: bool) -> None:

@@ -103,6 +103,11 @@ def run(recipe: Recipe, command: str = "", measure: Measure | None = None, *, on
         RecipeError, DataError, RunError: one sentence on what is wrong and what to do.
         Preempted: the run was asked to stop by SIGTERM, and has left a checkpoint.
     """
+    with contextlib.ExitStack() as held:
+        return _run(recipe, command, measure, only_plan, held)
+
+
+def _run(recipe: Recipe, command: str, measure: Measure | None, only_plan: bool, held: contextlib.ExitStack) -> Path:
     first = os.environ.get("RANK", "0") == "0"
     say: Callable[[str], None] = (lambda line: print(line, flush=True)) if first else lambda line: None
     for line in recipe.idle:
@@ -166,6 +171,7 @@ def run(recipe: Recipe, command: str = "", measure: Measure | None = None, *, on
     if checkpoint is not None:
         saving.refuse_other_rows(checkpoint, prepared.train.table.fingerprint())
     if first:
+        held.enter_context(saving.alone_in(output_dir))
         saving.claim_output_dir(output_dir, overwrite=overwrite or again)
         for line in saving.set_aside(output_dir, checkpoint) if checkpoint is not None else ():
             say(f"resume: {line}")

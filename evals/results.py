@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from data.files import write_atomically
 from objectives.stats import Estimate
 
 VERSION = 1
@@ -129,20 +128,6 @@ def as_metrics(results: Iterable[Result]) -> dict[str, float]:
             if value is not None:
                 line[f"eval/{result.metric}{suffix}"] = value
     return line
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes through a temporary file in the same folder and renames it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 _TYPES: dict[str, tuple[type, ...]] = {

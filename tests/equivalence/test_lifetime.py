@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from align.lifetime import HUNG, SAVED, Watchdog
-from align.saving import STARTED
+from align.saving import STARTED, alone_in
 from align.train import main
 from tests.equivalence.test_resume import after_a_crash, command, lines, same_lines
 from tests.support import REPOSITORY
@@ -243,6 +243,14 @@ def test_a_run_that_had_its_last_checkpoint_only_finishes(folder: Path):
     assert main(command(folder, "run", "--resume_from_checkpoint=auto", **keys)) == 0
     same_lines(folder / "run", folder / "straight")
     same_weights(folder / "run", folder / "straight")
+
+
+def test_two_runs_do_not_train_in_one_folder(folder: Path, capfd: pytest.CaptureFixture[str]):
+    with alone_in(folder / "run"):
+        assert main(command(folder, "run")) == 2
+    assert "another process trains in" in " ".join(capfd.readouterr().err.split())
+    assert not (folder / "run" / "recipe.yaml").exists()
+    assert main(command(folder, "run", num_train_epochs=1)) == 0
 
 
 @pytest.mark.parametrize(
