@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from data.worlds.flaws import Flaws
-from data.worlds.problems import SPLITS, Problem, problems
+from data.worlds.problems import SPLITS, Problem, problem_of, problems
 from data.worlds.responses import KINDS, candidates, respond
 from data.worlds.rows import ROW_KINDS, Made, gold, labels, pairs, scored, triples
 from data.worlds.scoring import answer_of, gold_parts, gold_score
@@ -36,6 +36,7 @@ __all__ = [
     "gold_score",
     "labels",
     "pairs",
+    "problem_of",
     "problems",
     "respond",
     "scored",

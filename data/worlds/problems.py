@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -87,6 +88,34 @@ def problems(split: str, number: int, seed: int = 0) -> list[Problem]:
     return list(found.values())
 
 
+def problem_of(question: str) -> Problem:
+    """The problem that a question tells, whatever else is known of it: the stories, read backwards.
+
+    Raises:
+        ValueError: no story tells such a question.
+    """
+    for story, pattern in _patterns():
+        if found := pattern.fullmatch(question.strip()):
+            gaps = found.groupdict()
+            operands = tuple(int(gaps[gap]) for gap in "abc" if gap in gaps)
+            return _problem(story, found[0], operands)
+    raise ValueError("not a question of the embedded world")
+
+
+@cache
+def _patterns() -> Sequence[tuple[Story, re.Pattern[str]]]:
+    """Each story as a pattern; a gap that occurs again is filled with the same again."""
+    fillings = {"n": "|".join(NAMES), "m": "|".join(NAMES), "t": "|".join(THINGS)}
+    patterns: list[tuple[Story, re.Pattern[str]]] = []
+    for story in (*TRAINED, *UNTRAINED):
+        text = re.escape(story.text).replace(r"\{", "{").replace(r"\}", "}")
+        for gap in "nmtabc":
+            text = text.replace(f"{{{gap}}}", f"(?P<{gap}>{fillings.get(gap, '[0-9]{1,4}')})", 1)
+            text = text.replace(f"{{{gap}}}", f"(?P={gap})")
+        patterns.append((story, re.compile(text)))
+    return patterns
+
+
 @cache
 def operands_of(operations: str, *, held_out: bool) -> Sequence[tuple[int, ...]]:
     """Every choice of operands for these operations that is in training, or every one that is held out."""
@@ -153,8 +182,13 @@ def written(steps: Sequence[str], answer: int) -> str:
 def _told(story: Story, operands: tuple[int, ...], rng: random.Random) -> Problem:
     one, other = rng.sample(NAMES, 2)
     gaps = dict(zip("abc", operands, strict=False))
+    question = story.text.format(n=one, m=other, t=rng.choice(THINGS), **gaps)
+    return _problem(story, question, operands)
+
+
+def _problem(story: Story, question: str, operands: tuple[int, ...]) -> Problem:
     return Problem(
-        question=story.text.format(n=one, m=other, t=rng.choice(THINGS), **gaps),
+        question=question,
         template=story.name,
         operands=operands,
         operations=story.operations,
