@@ -21,7 +21,7 @@ from align.recipe import Recipe, read_recipe
 from align.sample import SampledModel
 from align.samplers import ServingSection
 from align.sampling import Sampling
-from align.scorers import SCORERS
+from align.scores import SCORERS
 from align.typed import Entry
 from objectives import REWARD_TRANSFORMS
 from objectives.checks import require
@@ -118,11 +118,11 @@ SCHEMA = Schema(
         "sampling": Sampling,
         "serving": ServingSection,
         "rows": RowsSection,
-        "rounds": RoundsSection,
+        "run": RoundsSection,
     },
-    named={"scores": SCORERS, "reward_transforms": REWARD_TRANSFORMS},
-    elsewhere={"learning_rate": "rounds.overrides: [--learning_rate=…], a key of the training recipe"},
-    required=("model", "data", "held_out", "scores", "rounds"),
+    named={"scorers": SCORERS, "reward_transforms": REWARD_TRANSFORMS},
+    elsewhere={"learning_rate": "run.overrides: [--learning_rate=…], a key of the training recipe"},
+    required=("model", "data", "held_out", "scorers", "run"),
     example="launch/recipes/rounds.yaml",
     command="python -m align.rounds",
 )
@@ -139,7 +139,7 @@ class Rounds:
     sampling: Sampling
     serving: ServingSection
     rows: RowsSection
-    scores: tuple[Entry, ...]
+    scorers: tuple[Entry, ...]
     reward_transforms: tuple[Entry, ...]
     recipe: Recipe
 
@@ -154,8 +154,8 @@ class Rounds:
         plain: dict[str, Any] = {name: dataclasses.asdict(getattr(self, name)) for name in names}
         return {
             **plain,
-            "rounds": {key: v for key, v in dataclasses.asdict(self.section).items() if key != "output_dir"},
-            "scores": [settings.resolved(entry) for entry in self.scores],
+            "run": {key: v for key, v in dataclasses.asdict(self.section).items() if key != "output_dir"},
+            "scorers": [settings.resolved(entry) for entry in self.scorers],
             "reward_transforms": [settings.resolved(entry) for entry in self.reward_transforms],
             "recipe": {k: v for k, v in self.recipe.resolved().items() if k not in ("model", "data")},
         }
@@ -189,7 +189,7 @@ class Rounds:
 
     def scores_tree(self) -> dict[str, Any]:
         """Settings of ``python -m align.scores``."""
-        tree: dict[str, Any] = {"scores": [settings.resolved(entry) for entry in self.scores]}
+        tree: dict[str, Any] = {"scorers": [settings.resolved(entry) for entry in self.scorers]}
         if self.reward_transforms:
             tree["reward_transforms"] = [
                 {key: v for key, v in settings.resolved(entry).items() if key != "weight"}
@@ -222,15 +222,15 @@ def read_rounds(config: str | None, words: Sequence[str]) -> Rounds:
         RecipeError: one sentence on what is wrong, in these settings or in the training recipe.
     """
     found = settings.read_settings(config, words, SCHEMA)
-    section: RoundsSection = found.pop("rounds")
+    section: RoundsSection = found.pop("run")
     model: SampledModel = found["model"]
     if not Path(section.recipe).is_file():
-        raise RecipeError(f"rounds.recipe: there is no recipe {section.recipe!r}; name a training recipe")
+        raise RecipeError(f"run.recipe: there is no recipe {section.recipe!r}; name a training recipe")
     if section.accelerate_config is not None and not Path(section.accelerate_config).is_file():
-        raise RecipeError(f"rounds.accelerate_config: there is no file {section.accelerate_config!r}")
+        raise RecipeError(f"run.accelerate_config: there is no file {section.accelerate_config!r}")
     for key, _, _ in command_pairs(section.overrides):
         if key.split(".")[-1] in (*ROWS_KEYS, "output_dir", "model_name_or_path", "adapter_name_or_path"):
-            raise RecipeError(f"rounds.overrides: {key} is set by the rounds; leave it out")
+            raise RecipeError(f"run.overrides: {key} is set by the rounds; leave it out")
     tree = _tree(section.recipe)
     tree["model"] = {**tree.get("model", {}), "model_name_or_path": model.model_name_or_path}
     tree["data"] = {**_without_rows(tree.get("data")), "dataset_name": "rows of a round"}
@@ -238,13 +238,13 @@ def read_rounds(config: str | None, words: Sequence[str]) -> Rounds:
     recipe = _read(tree, section.overrides, section.recipe)
     if model.adapter_name_or_path is not None and recipe.lora is None:
         raise RecipeError(
-            "model.adapter_name_or_path starts from an adapter, and rounds.recipe trains all weights; merge it first"
+            "model.adapter_name_or_path starts from an adapter, and run.recipe trains all weights; merge it first"
         )
     if section.reference == "initial" and model.adapter_name_or_path is not None:
-        raise RecipeError("rounds.reference initial can't be an adapter; merge it into its base, or set previous")
+        raise RecipeError("run.reference initial can't be an adapter; merge it into its base, or set previous")
     if section.reference == "initial" and not recipe.needs_reference:
         names = ", ".join(entry.name for entry in recipe.objectives)
-        raise RecipeError(f"rounds.reference has no effect: {names} needs no reference model; remove it")
+        raise RecipeError(f"run.reference has no effect: {names} needs no reference model; remove it")
     return Rounds(section=section, recipe=recipe, **found)
 
 
@@ -286,9 +286,9 @@ def _tree(path: str) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"rounds.recipe: {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"run.recipe: {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict) or "objective" not in tree:
-        raise RecipeError(f"rounds.recipe: {path} has no objective; name a recipe of {TRAINING.command}")
+        raise RecipeError(f"run.recipe: {path} has no objective; name a recipe of {TRAINING.command}")
     return tree
 
 
@@ -303,4 +303,4 @@ def _read(tree: dict[str, Any], words: Sequence[str], where: str) -> Recipe:
         try:
             return read_recipe(path, list(words))
         except RecipeError as error:
-            raise RecipeError(f"rounds.recipe {where}: {str(error).replace(str(path), where)}") from None
+            raise RecipeError(f"run.recipe {where}: {str(error).replace(str(path), where)}") from None

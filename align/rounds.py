@@ -108,7 +108,7 @@ class Runner:
                 f"{section}.{key}"
                 for section in {*was, *wanted}
                 for key in {*_keys(was.get(section)), *_keys(wanted.get(section))}
-                if not (section == "rounds" and key in free)
+                if not (section == "run" and key in free)
                 and _value(was.get(section), key) != _value(wanted.get(section), key)
             ]
             if differing:

@@ -36,6 +36,7 @@ from align.samples import Origin, Sample
 from align.sampling import Drawn, Request, Sampling, decoded, encoded, spread, without_end
 from align.sections import ModelSection
 from align.server_sampler import ServerSampler
+from align.typed import Entry
 from data.errors import DataError
 from objectives import RELABELERS
 from objectives.checks import require
@@ -135,11 +136,19 @@ def read_job(config: str | None, words: Sequence[str]) -> Job:
         RecipeError: one sentence on what is wrong.
     """
     found = settings.read_settings(config, words, SCHEMA)
-    relabel = found.pop("relabel")
+    return Job(goal=goal_of(found.pop("relabel")), **found)
+
+
+def goal_of(relabel: Sequence[Entry]) -> Any:
+    """The relabeler whose goal prompts are to ask for, if there is one.
+
+    Raises:
+        RecipeError: a relabeler asks for nothing.
+    """
     goals = [entry.built for entry in relabel]
     if any(not hasattr(goal, "condition") for goal in goals) or len(goals) > 1:
         raise RecipeError("relabel: only reward_augmented asks for something in its prompts; leave the others out")
-    return Job(**found, goal=goals[0] if goals else None)
+    return goals[0] if goals else None
 
 
 def run(job: Job, say: Say = print, sampler: Sampler | None = None) -> Path:
@@ -168,7 +177,7 @@ def run(job: Job, say: Say = print, sampler: Sampler | None = None) -> Path:
         if job.out.overwrite:
             output.unlink(missing_ok=True)
         done = stored.repair(output, n)
-        served = _server(job, tokenizer) if job.serving.chosen == "server" and sampler is None else None
+        served = connected(job, tokenizer) if job.serving.chosen == "server" and sampler is None else None
         origin = Origin(
             engine="",
             model=job.model.adapter_name_or_path or job.model.model_name_or_path,
@@ -180,7 +189,6 @@ def run(job: Job, say: Say = print, sampler: Sampler | None = None) -> Path:
         missing = [prompt for prompt in prompts.found if prompt.id not in done]
         if done:
             say(f"{output}: {len(done)} prompts are there already, {len(missing)} are missing")
-        ends = end_tokens(job.model.model_name_or_path, tokenizer)
         length = _longest(job, models.context_length(config), served)
         report: dict[str, Any] = {}
         if missing and job.serving.data_parallel_size > 1 and sampler is None:
@@ -188,22 +196,10 @@ def run(job: Job, say: Say = print, sampler: Sampler | None = None) -> Path:
 
             report = in_parallel(job, output, say)
         elif missing:
-            sampler = sampler or served
-            if sampler is None:
-                if job.serving.engine == "auto" and job.serving.chosen == "transformers":
-                    say("vLLM is not installed: sampling with transformers, which is slow for large models")
-                sampler = make_sampler(
-                    job.serving,
-                    section=job.model.section,
-                    tokenizer=tokenizer,
-                    adapter=adapter,
-                    max_model_len=length,
-                    ends=ends,
-                    seed=job.sampling.seed,
-                )
+            sampler = sampler or served or started(job, tokenizer, adapter, length, say)
             try:
                 origin = dataclasses.replace(origin, engine=sampler.engine)
-                report = _Drawing(job, sampler, tokenizer, ends, length, origin).draw(missing, output, say)
+                report = _Drawing(job, sampler, tokenizer, length, origin).draw(missing, output, say)
             finally:
                 sampler.close()
         stored.sort(output, [prompt.id for prompt in prompts.found])
@@ -211,12 +207,36 @@ def run(job: Job, say: Say = print, sampler: Sampler | None = None) -> Path:
     return output
 
 
+def started(job: Job, tokenizer: Any, adapter: AdapterInfo | None, length: int, say: Say) -> Sampler:
+    """The engine that the settings ask for, in this process.
+
+    Args:
+        job: the settings.
+        tokenizer: of the model.
+        adapter: on it.
+        length: most tokens of prompt and response.
+        say: told where vLLM is not installed.
+    """
+    if job.serving.engine == "auto" and job.serving.chosen == "transformers":
+        say("vLLM is not installed: sampling with transformers, which is slow for large models")
+    return make_sampler(
+        job.serving,
+        section=job.model.section,
+        tokenizer=tokenizer,
+        adapter=adapter,
+        max_model_len=length,
+        ends=end_tokens(job.model.model_name_or_path, tokenizer),
+        seed=job.sampling.seed,
+    )
+
+
 class _Drawing:
     """One pass over the prompts that are missing."""
 
-    def __init__(self, job: Job, sampler: Sampler, tokenizer: Any, ends: set[int], length: int, origin: Origin) -> None:
+    def __init__(self, job: Job, sampler: Sampler, tokenizer: Any, length: int, origin: Origin) -> None:
         self.job, self.sampler, self.tokenizer = job, sampler, tokenizer
-        self.ends, self.length, self.origin = ends, length, origin
+        self.ends = end_tokens(job.model.model_name_or_path, tokenizer)
+        self.length, self.origin = length, origin
         self.too_long: list[int] = []
         self.open: dict[int, tuple[Prompt, Request, list[int]]] = {}
         self.finished: Counter[str] = Counter()
@@ -298,7 +318,8 @@ def _adapter(job: Job) -> AdapterInfo | None:
     return adapter
 
 
-def _server(job: Job, tokenizer: Any) -> ServerSampler:
+def connected(job: Job, tokenizer: Any) -> ServerSampler:
+    """The server that the settings name."""
     serving = job.serving
     assert serving.base_url is not None
     return ServerSampler(

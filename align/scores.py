@@ -1,6 +1,10 @@
 """Scores of samples: every scorer on every sample, one score of them, a file that survives being killed.
 
 samples.jsonl ─► scorers ─► reward transforms ─► weighted sum ─► scores.jsonl
+
+python -m align.scores --config launch/recipes/scores.yaml --samples samples.jsonl --output scores.jsonl
+python -m align.scores --samples samples.jsonl --output scores.jsonl --scorers math --column answer
+python -m align.scores --help       every key, its default and what it means
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ import contextlib
 import fcntl
 import json
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,14 +24,18 @@ from typing import Any, Protocol, runtime_checkable
 
 import xxhash
 
-from align import judges, reward_scorer, verifiers, world_scorers  # noqa: F401  # registers them
+from align import judges, reward_scorer, settings, verifiers, world_scorers  # noqa: F401  # registers scorers
 from align.combining import Combiner, combine
-from align.errors import RunError
+from align.console import quiet_libraries, tell
+from align.errors import RecipeError, RunError
+from align.keys import Schema
 from align.samples import Group, read
 from align.saving import explained
 from align.score_lines import SampleScore, append, mend, read_scores
 from align.scorers import SCORERS, Scored, Scorer
+from data.errors import DataError
 from data.rescoring import check_transforms, name_of
+from objectives import REWARD_TRANSFORMS
 from objectives.reward_transforms import RewardTransform
 
 __all__ = [
@@ -321,3 +330,48 @@ def _reported(output: Path, samples: Path, prompts: int, number: int, scoring: S
 
 def _rates(scorer: Any, counts: Mapping[str, float]) -> Mapping[str, float]:
     return scorer.rates(counts) if hasattr(scorer, "rates") else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilesSection:
+    """What is scored."""
+
+    samples: str
+    """File that python -m align.sample wrote."""
+    output: str
+    """File of scores, JSON lines. One that holds a part of the same scores is gone on with."""
+
+
+SCHEMA = Schema(
+    sections={"files": FilesSection},
+    named={"scorers": SCORERS, "reward_transforms": REWARD_TRANSFORMS},
+    required=("scorers", "files"),
+    example="launch/recipes/scores.yaml",
+    command="python -m align.scores",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Scores; returns the exit status: 0, 2 after one sentence on what is wrong, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or "--help" in words or "-h" in words:
+        print(settings.usage(__doc__, SCHEMA))
+        return 0
+    try:
+        found = settings.read_settings(*settings.split_config(words, SCHEMA.example), SCHEMA)
+        quiet_libraries()
+        files: FilesSection = found["files"]
+        transforms = [entry.built for entry in found["reward_transforms"]]
+        samples, output = Path(files.samples), Path(files.output)
+        score_file(samples, output, found["scorers"], transforms, lambda line: print(line, flush=True))
+    except (RecipeError, RunError, DataError) as error:
+        tell(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        tell("stopped; the same command goes on from here")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,7 +17,7 @@ from align.sections import DatasetSection
 from objectives.checks import require
 from objectives.registry import Registry, did_you_mean
 
-WEIGHTED = ("objective", "scores")
+WEIGHTED = ("objective", "scorers")
 """Named sections whose entries are summed, each with a weight."""
 
 
@@ -150,7 +150,7 @@ def _entry(registry: Registry, kind: str, path: str, value: Any, commanded: set[
             "token_weights": "{name: goldfish, k: 4}",
             "regularizers": "{name: wise_ft, tuned_share: 0.5}",
             "reward_transforms": "{name: z_score}",
-            "scores": "{name: math, column: answer}",
+            "scorers": "{name: math, column: answer}",
         }
         fits = example.get(kind, "{name: reward_augmented, form: system}")
         raise RecipeError(f"{path} must be a mapping with a name, e.g. {fits}, got {value!r}")
@@ -171,7 +171,9 @@ def _entry(registry: Registry, kind: str, path: str, value: Any, commanded: set[
         return Entry(name=name, built=built)
     try:
         weight = TypeAdapter(float).validate_python(value.get("weight", 1.0))
-        require("weight", weight, 0 < weight < math.inf, "> 0 and finite")
+        free = kind == "scorers"  # whose scores may also count against a response, or only be recorded
+        require("weight", weight, math.isfinite(weight) and (free or weight > 0), "> 0 and finite")
     except ValueError:  # pydantic's is one
-        raise RecipeError(f"{path}.weight must be a finite number > 0, got {value['weight']!r}") from None
+        least = "" if kind == "scorers" else " > 0"
+        raise RecipeError(f"{path}.weight must be a finite number{least}, got {value['weight']!r}") from None
     return Entry(name=name, built=built, weight=weight)

@@ -227,7 +227,7 @@ def _file(path: Path) -> Any:
 class Math:
     r"""The final answer equals the right one, as numbers or as expressions.
 
-        score = 1 if they are equal (1/2, 0.5, \frac{1}{2}), else 0
+        score = 1 if they are equal (1/2, 0.5, \frac{1}{2}), else 0;    without a column: 1 if there is an answer
 
     The final answer is the last ``\boxed{…}``, else what follows ``####``, else what math-verify finds in the text. A
     response without one is wrong. Decimals are equal to what they are rounded from at six digits; units are passed
@@ -240,9 +240,9 @@ class Math:
         Kydlíček et al., math-verify, github.com/huggingface/Math-Verify.
     """
 
-    column: str = "answer"
+    column: str | None = "answer"
     """Column with the right answer, as a number or in LaTeX, or with a list of right ones. A worked solution will do
-    that ends with \\boxed{…} or with #### and the answer."""
+    that ends with \\boxed{…} or with #### and the answer. null compares with nothing: for votes among answers."""
     timeout: float = 5.0
     """Most seconds for one response, > 0."""
     processes: int = 0
@@ -258,8 +258,9 @@ class Math:
     def __call__(self, groups: Sequence[Group]) -> list[Scored]:
         """Scores in {0, 1}; None where the column is empty or a response takes too long."""
         samples = _samples(groups)
-        asked = [(tuple(right_answers(sample, self.column)), sample.text) for sample in samples]
-        different = [each for each in dict.fromkeys(asked) if each[0]]
+        right = [() if self.column is None else tuple(right_answers(sample, self.column)) for sample in samples]
+        asked = list(zip(right, (sample.text for sample in samples), strict=True))
+        different = [each for each in dict.fromkeys(asked) if each[0] or self.column is None]
         found = dict(zip(different, self._pool.map("checked", different), strict=True))
         return [self._scored(right, found.get((right, text))) for right, text in asked]
 
@@ -281,9 +282,10 @@ class Math:
         return Pool("align.math_answers", seconds=self.timeout, number=number)
 
     def _scored(self, right: tuple[str, ...], found: Any) -> Scored:
-        if not right:
+        if not right and self.column is not None:
             return Scored(score=None, reason=f"no right answer in the column {self.column}")
         if isinstance(found, Failed):
             return Scored(score=None, reason=found.why)
         answer, equal = found
+        equal = equal if self.column is not None else answer is not None
         return Scored(score=float(equal), answer=answer, counts=NO_ANSWER if answer is None else {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.metadata
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from align.recipe import read_recipe
+from align.settings import read_settings
 from tests.support import REPOSITORY
 
 MAY_IMPORT = {
@@ -133,13 +135,18 @@ def test_a_misspelt_key_is_answered_before_any_model_library_is_loaded(tmp_path)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_begins_with_its_command_and_can_be_read(path):
+def test_a_recipe_begins_with_its_command_and_can_be_read(path, monkeypatch):
     first = path.read_text().splitlines()[0]
     assert re.fullmatch(r"# (accelerate launch|python|torchrun) .+", first), first
     assert path.relative_to(REPOSITORY).as_posix() in first
     for word in re.findall(r"[\w/.-]+\.(?:py|yaml)", first):
         assert (REPOSITORY / word).is_file(), f"{word} is in the command and not in the repository"
-    read_recipe(path)
+    monkeypatch.chdir(REPOSITORY)  # recipes of rounds name recipes for training
+    module = found[1] if (found := re.search(r"-m (align\.\w+)", first)) else "align.train"
+    if module == "align.train":
+        read_recipe(path)
+    else:
+        read_settings(path, [], importlib.import_module(module).SCHEMA)
 
 
 @pytest.mark.slow
