@@ -118,12 +118,14 @@ def choose(
         )
     for number, (group, scores) in enumerate(scored):
         rewarded = name != "majority"
+        known = [each.score for each in scores if each.score is not None]
+        lowest = min(known, default=0.0) - 1.0  # a vote counts samples without a score too, and shows another one
         kept = [i for i, each in enumerate(scores) if each.score is not None or not rewarded]
         if not kept:
             yield answered(group, Choice(picks=(), n_survivors=0), [])
             continue
         answers = [i if texts else scores[i].answer for i in kept]
-        rewards = [float(scores[i].score or 0.0) if rewarded else 0.0 for i in kept]
+        rewards = [lowest if (score := scores[i].score) is None else score for i in kept]
         try:
             choice = strategy(group_samples(answers, rewards, same, number=number))
         except ValueError as error:

@@ -78,9 +78,7 @@ def run_chains(
             "strategy qalign needs plain sampling: top_p 1, top_k 0, min_p 0, no stop texts and a temperature above 0"
         )
     if transforms:
-        raise RecipeError(
-            "reward_transforms compare the responses to a prompt, and qalign looks at one; leave them out"
-        )
+        raise RecipeError("reward_transforms compare responses to a prompt, and qalign looks at one; leave them out")
     if how.final == "vote" and not any(getattr(entry.built, "answers", False) for entry in scorers):
         raise RecipeError("strategy qalign with final vote needs a scorer that finds answers (math, regex, …); or mbr")
     run = _Run(job, scorers, say)
@@ -160,8 +158,8 @@ class _Run:
         rates = [chain.acceptance_rate for chains in done for chain in chains]
         tokens = sum(chain.tokens for chains in done for chain in chains)
         self.say(
-            f"{len(rates)} chains of {how.steps} steps, {tokens} tokens; {sum(rates) / len(rates):.0%} of the proposals "
-            "accepted"
+            f"{len(rates)} chains of {how.steps} steps, {tokens} tokens; "
+            f"{sum(rates) / len(rates):.0%} of the proposals accepted"
         )
         for number, chains in enumerate(done):
             yield self._answer(number, chains, how)
