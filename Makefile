@@ -1,4 +1,4 @@
-# make setup | quickstart | test | test-all | check | bench | bench_preparation | objectives | promises | recipe_costs | mutants | docs | clean
+# make setup | quickstart | test | test-all | test-versions | check | bench | bench_preparation | bench_sampling | objectives | promises | recipe_costs | mutants | docs | clean
 # Everything lives in .venv; nothing outside the checkout is touched.
 PYTHON ?= python3.11
 # torch is installed first, so that nothing pulls in another build. For a GPU, choose the build that fits it:
@@ -12,7 +12,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup quickstart test test-all check bench bench_preparation objectives promises recipe_costs mutants docs clean
+.PHONY: setup quickstart test test-all test-versions check bench bench_preparation bench_sampling objectives promises recipe_costs mutants docs clean
 
 setup: $(READY)
 
@@ -29,6 +29,9 @@ test: $(READY)
 test-all: $(READY)
 	$(BIN)/python -m pytest -n auto
 
+test-versions: $(READY)
+	bash launch/test_versions.sh
+
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -41,6 +44,9 @@ bench: $(READY)
 
 bench_preparation: $(READY)
 	$(BIN)/python -m launch.bench.preparation
+
+bench_sampling: $(READY)
+	$(BIN)/python -m launch.bench.sampling
 
 objectives: $(READY)
 	$(BIN)/python -m launch.bench.objectives

@@ -157,8 +157,14 @@ class Rounds:
             "run": {key: v for key, v in dataclasses.asdict(self.section).items() if key != "output_dir"},
             "scorers": [settings.resolved(entry) for entry in self.scorers],
             "reward_transforms": [settings.resolved(entry) for entry in self.reward_transforms],
-            "recipe": {k: v for k, v in self.recipe.resolved().items() if k not in ("model", "data")},
+            "recipe": self._recipe(),
         }
+
+    def _recipe(self) -> dict[str, Any]:
+        resolved = self.recipe.resolved()
+        resolved["train"] = {key: value for key, value in resolved["train"].items() if key != "output_dir"}
+        resolved["data"] = _without_rows(resolved["data"])
+        return {key: value for key, value in resolved.items() if key != "model"}
 
     # ---- what the stages are told ----
 
