@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align import sample as command
@@ -23,6 +24,7 @@ from align import samples as stored
 from align.errors import RunError
 from align.forward import bind
 from align.sampling import encoded
+from align.vllm_sampler import installed
 from data.pack import pack
 from data.store import TokenTable
 from data.tokens import TokenRow
@@ -34,6 +36,8 @@ from tests.support import REPOSITORY, common_folder, once
 pytestmark = pytest.mark.slow
 pytest.importorskip("vllm", reason="vLLM is not installed: make setup installs it")
 
+SAME_NOISE = Version(str(installed())) < Version("0.31")
+"""Whether vLLM on CPUs draws tokens as ``align.sampling`` does. Later releases have noise of their own."""
 ENVIRONMENT = {
     **os.environ,
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -88,8 +92,10 @@ def test_the_same_samples_as_with_transformers(drawn: Path, tmp_path: Path, name
     wanted = with_transformers(drawn, tmp_path, *words)
     found = tokens(drawn / f"{name}.jsonl")
     same = sum(a == b for x, y in zip(found, wanted, strict=True) for a, b in zip(x, y, strict=True))
-    # Rounding may turn a draw that is nearly a tie.
-    assert same >= sum(map(len, wanted)) - 1
+    if SAME_NOISE or name == "greedy":
+        assert same >= sum(map(len, wanted)) - 1  # rounding may turn a draw that is nearly a tie
+    else:
+        assert same < sum(map(len, wanted)) / 2, "vLLM draws as we do again: say so above"
 
 
 def test_seeds_are_repeatable_and_nothing_depends_on_the_batch(drawn: Path):
@@ -109,6 +115,18 @@ def test_nothing_is_lost_among_many(drawn: Path):
     long = json.loads((drawn / "long.json").read_text())
     assert {len(each) for each in long.values()} == {8}
     assert len({tuple(d["token_ids"]) for each in long.values() for d in each}) > 1
+
+
+def test_chains_run_on_vllm(drawn: Path):
+    """Of twelve steps towards right answers, most chains are right at the end."""
+    lines = [json.loads(line) for line in (drawn / "qalign.jsonl").read_text().splitlines()]
+    asked = problems("held_out", 24, seed=1)[:12]
+    assert {line["samples"] for line in lines} == {13}
+    right = [
+        bool(line["picks"]) and line["picks"][0]["answer"] == str(p.answer)
+        for line, p in zip(lines, asked, strict=True)
+    ]
+    assert sum(right) >= 7
 
 
 def test_log_probs_are_those_of_our_scorer(drawn: Path):
@@ -213,7 +231,8 @@ def test_a_server_killed_in_the_middle(shared: Path, tmp_path: Path, monkeypatch
         for group in groups
         for a, b in zip(group.samples, wanted[group.prompt_id].samples, strict=True)
     )
-    assert same >= 290  # of 300; of a hundred tokens with other kernels, a draw may be nearly a tie
+    # Of 300; of a hundred tokens with other kernels, a draw may be nearly a tie.
+    assert same >= (290 if SAME_NOISE else 2 * (150 - kept))
     for group in groups:
         for a, b in zip(group.samples, wanted[group.prompt_id].samples, strict=True):
             if a.token_ids == b.token_ids:

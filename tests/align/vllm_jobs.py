@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from align import answer
 from align import sample as command
 from align.adapters import read_adapter
 from align.sampling import Drawn, Request, Sampling
@@ -23,6 +24,16 @@ def job(folder: Path, output: str, *words: str) -> command.Job:
     """Samples of the world's policy for ``prompts.jsonl``."""
     given = [f"--model_name_or_path={POLICY}", f"--dataset_name={folder / 'prompts.jsonl'}"]
     return command.read_job(None, [*given, *WORDS, f"--output={folder / output}", *words])
+
+
+def qalign(folder: Path, sampler: VllmSampler) -> None:
+    """Chains on the running engine: prefixes of responses, continued."""
+    command.started = lambda *_: sampler  # type: ignore[assignment]
+    words = [f"--model_name_or_path={POLICY}", f"--dataset_name={folder / 'prompts.jsonl'}", "--max_tokens=40"]
+    words += [f"--answer.output={folder / 'qalign.jsonl'}", "--scorers=world_answer", "--strategy=qalign"]
+    answer.run(
+        answer.read_answer(None, [*words, "--engine=vllm", "--steps=12", "--strategy.beta=0.2", "--max_rows=12"])
+    )
 
 
 def in_process(folder: Path) -> None:
@@ -55,6 +66,7 @@ def in_process(folder: Path) -> None:
         (folder / "many.json").write_text(json.dumps(counted))
         long = [Request(number=i, prompt=tuple([5, 9, 30] * 70), n=8, max_tokens=2, seed=i) for i in range(40)]
         found: dict[int, list[Drawn]] = dict(sampler.draw(long, Sampling()))
+        qalign(folder, sampler)
         (folder / "long.json").write_text(json.dumps({i: [asdict(d) for d in each] for i, each in found.items()}))
     finally:
         close()
