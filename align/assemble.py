@@ -22,7 +22,7 @@ from align.recipe import Recipe
 from align.sections import DataSection, DatasetSection
 from data.plan import Layout, Plan
 from data.preparation import DataSpec
-from data.shapes import Rule
+from data.shapes import Rule, attributes_in
 from data.sources import Source
 from data.store import TokenTable
 from data.tokens import TokenPolicy
@@ -34,7 +34,7 @@ Say = Callable[[str], None]
 def data_spec(recipe: Recipe, max_length: int) -> DataSpec:
     """What to prepare, from the recipe's data section."""
     data = recipe.data
-    attributes = tuple(name for name in recipe.mixture.needs.scores if name not in ("chosen", "rejected", "gold"))
+    attributes = tuple(attributes_in(recipe.mixture.needs.numbers))
     held_out = None
     if data.eval_dataset_name is not None:
         held_out = Source(
@@ -53,7 +53,7 @@ def data_spec(recipe: Recipe, max_length: int) -> DataSpec:
         eval_share=data.eval_share,
         legs=recipe.mixture.needs.legs,
         labels=recipe.mixture.needs.labels,
-        scores=recipe.mixture.needs.scores,
+        scores=recipe.mixture.needs.numbers,
         rule=Rule(
             name=data.rule,
             threshold=data.threshold,

@@ -6,10 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from objectives.columns import COLUMNS
 from objectives.rows import Message, Text
 
 TEMPLATE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
 """What chat templates read of a message. Other keys (ids, time stamps) would only make equal turns differ."""
+
+
+ROUNDING = 1e-3
+"""How far above 0 rounding may bring a log-prob, nats."""
 
 
 class RowError(ValueError):
@@ -97,6 +102,32 @@ def number_in(value: Any, what: str) -> float:
         number = math.nan
     if not math.isfinite(number):
         raise RowError(f"{what} is not a finite number")
+    return number
+
+
+def column_in(value: Any, name: str) -> float:
+    """The number that a column of ``COLUMNS`` stands for, or that an attribute of another name is."""
+    column = COLUMNS.get(name)
+    if column is None:
+        return number_in(value, name)
+    if column.words:
+        word = value.strip().lower() if isinstance(value, str) else ""
+        if word not in column.words:
+            raise RowError(f"{name} is not {column.expects}")
+        return column.words[word]
+    number = number_in(value, name)
+    if not column.lowest <= number <= column.highest:
+        raise RowError(f"{name} is not {column.expects}")
+    return number
+
+
+def mean_logp_in(value: Any) -> float | None:
+    """A mean log-prob; None of nothing. Above 0 it is no log-prob, and would rank responses the wrong way round."""
+    if value is None:
+        return None
+    number = number_in(value, "mean_logp")
+    if number > ROUNDING:
+        raise RowError("mean_logp is above 0, which no log-prob is")
     return number
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from data.cells import RowError, is_text, label_in, number_in, rewards_in, text_in, turn
+from data.cells import RowError, is_text, label_in, mean_logp_in, number_in, rewards_in, text_in, turn
 from objectives.rows import Candidate, Message, Text
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -104,8 +104,8 @@ def scored(raw: Mapping[str, Any]) -> Draft:
 
     Responses are ``[{text, score}, …]``, or strings with a column ``scores`` beside. A response may have several
     rewards by name, ``{text, scores: {helpful: 1.2, harmless: −0.3}}``, all of them the same ones; without a score of
-    its own they add up to it. Empty responses are passed over. A gold response is the row's own only if it has a column
-    for it.
+    its own they add up to it. ``mean_logp`` is the mean log-prob of its tokens under the policy that drew it. Empty
+    responses are passed over. A gold response is the row's own only if it has a column for it.
     """
     (prompt,) = _texts(raw, "prompt")
     listed = [each for each in _listed(raw) if not _is_empty(each.text)]
@@ -273,9 +273,8 @@ def _listed(raw: Mapping[str, Any]) -> list[Candidate]:
 def _candidate(entry: Mapping[str, Any]) -> Candidate:
     text, score = text_in(entry["text"], "a response"), entry.get("score")
     rewards = rewards_in(entry.get("scores"), "a reward")
-    if score is None and rewards:
-        return Candidate(text=text, score=math.fsum(rewards.values()), rewards=rewards)
-    return Candidate(text=text, score=number_in(score, "score"), rewards=rewards)
+    number = math.fsum(rewards.values()) if score is None and rewards else number_in(score, "score")
+    return Candidate(text=text, score=number, rewards=rewards, mean_logp=mean_logp_in(entry.get("mean_logp")))
 
 
 def _scores(raw: Mapping[str, Any]) -> dict[str, float]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data.cells import RowError, group_in, number_in
+from data.cells import RowError, column_in, group_in
 from data.convert import (
     ASSISTANT,
     Draft,
@@ -68,7 +68,7 @@ def to_row(
         draft = checked(form.read(raw))
         if as_chat:
             draft = checked(form.to_chat(draft))
-        own = {name: number_in(raw[name], name) for name in attributes if raw.get(name) not in (None, "")}
+        own = {name: column_in(raw[name], name) for name in attributes if raw.get(name) not in (None, "")}
         group = group_in(raw.get("group"))
     except RowError as error:
         return RowProblem(source=source, index=index, reason=str(error))

@@ -27,6 +27,7 @@ from data.sources import LoadedRows, Source, load_rows, repeated
 from data.store import cache_dir
 from data.tokens import TokenPolicy
 from data.workers import Workers
+from objectives.columns import COLUMNS
 from objectives.relabel import LeftOut, Relabeler
 from objectives.reward_transforms import RewardTransform
 from objectives.rows import Row
@@ -47,7 +48,7 @@ class DataSpec:
     labels: bool = False
     """Whether each row needs a label."""
     scores: tuple[str, ...] = ()
-    """Scores each row needs: of legs, or attributes of the completion."""
+    """Scores each row needs, of legs or attributes of the completion, and columns of ``COLUMNS``."""
     rule: Rule = field(default_factory=Rule)
     """How scored responses become pairs."""
     reward_transforms: tuple[RewardTransform, ...] = ()
@@ -195,6 +196,12 @@ def _legs_to_arrange(spec: DataSpec) -> list[str]:
             f"relabel rewrites {' and '.join(dict.fromkeys(rewritten))}, and the objective learns from single labelled "
             "completions; leave relabel out, or use an objective that learns from pairs"
         )
+    for name in spec.scores:
+        if name in COLUMNS and COLUMNS[name].leg in rewritten:
+            raise DataError(
+                f"relabel rewrites {' and '.join(dict.fromkeys(rewritten))}, and the objective needs {name}, "
+                f"{COLUMNS[name].about} in the data; leave relabel out, or use an objective that does not read it"
+            )
     return list(dict.fromkeys([*spec.legs, *rewritten]))
 
 

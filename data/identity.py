@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from data.sources import Source
 
 
+OF_ROWS = ("columns", "rows", "relabel", "reward_transforms")
+"""Modules of ``objectives`` that rows depend on."""
+
+
 class _Unknown(Exception):  # noqa: N818  # never leaves this module
     """Something of which it can't be known cheaply whether it changed."""
 
@@ -50,7 +54,7 @@ def identity_of(spec: DataSpec) -> str | None:
 def _code() -> list[Any]:
     """This package's code, and the versions of what reads and tokenises."""
     own, formulas = Path(__file__).parent, Path(objectives.__path__[0])
-    files = [*sorted(own.glob("*.py")), *(formulas / f"{name}.py" for name in ("rows", "relabel", "reward_transforms"))]
+    files = [*sorted(own.glob("*.py")), *(formulas / f"{name}.py" for name in OF_ROWS)]
     versions = {name: importlib.metadata.version(name) for name in ("datasets", "tokenizers", "transformers", "jinja2")}
     return [[[path.name, digest(path.read_bytes())] for path in files if path.is_file()], versions]
 

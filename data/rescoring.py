@@ -101,7 +101,11 @@ def _stored_scores(rows: Sequence[Row], transforms: Sequence[RewardTransform], n
         [[name_of(each), asdict(each)] for each in transforms],  # type: ignore[call-overload]
         [encoder.fingerprint for encoder in encoders.values()],
         *(
-            [row.prompt, row.responses.get("gold"), [[c.text, c.score, dict(c.rewards)] for c in row.candidates]]
+            [
+                row.prompt,
+                row.responses.get("gold"),
+                [[c.text, c.score, dict(c.rewards), c.mean_logp] for c in row.candidates],
+            ]
             for row in rows
         ),
     )

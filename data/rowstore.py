@@ -82,7 +82,7 @@ def pack_rows(rows: Iterable[Row]) -> Packed:
                 dict(row.responses),
                 dict(row.scores),
                 row.label,
-                tuple((each.text, each.score, dict(each.rewards)) for each in row.candidates),
+                tuple((each.text, each.score, dict(each.rewards), each.mean_logp) for each in row.candidates),
                 row.group,
                 row.source,
                 row.index,
@@ -120,7 +120,10 @@ def unpack_row(raw: bytes | memoryview) -> Row:
         responses=responses,
         scores=scores,
         label=label,
-        candidates=tuple(Candidate(text=text, score=score, rewards=rewards) for text, score, rewards in candidates),
+        candidates=tuple(
+            Candidate(text=text, score=score, rewards=rewards, mean_logp=mean_logp)
+            for text, score, rewards, mean_logp in candidates
+        ),
         group=group,
         source=source,
         index=index,

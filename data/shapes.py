@@ -17,6 +17,7 @@ import numpy as np
 from data.errors import DataError
 from data.formats import RowProblem
 from data.rowstore import prompt_key
+from objectives.columns import COLUMNS
 from objectives.registry import OBJECTIVES, did_you_mean, example
 from objectives.rows import Candidate, Row, Text
 
@@ -145,7 +146,8 @@ class RowsKind:
     def missing(self, wanted: Iterable[str], *, labels: bool, scores: Iterable[str] = ()) -> list[str]:
         """Which of the wanted legs, scores (``score_chosen``), or ``label`` such rows can't give, conversions included.
 
-        Attributes of a completion are not looked for here: a row may lack some.
+        A column of ``COLUMNS`` is missing, too, where its response is not the row's own. Attributes of a completion are
+        not looked for here: a row may lack some.
         """
         pairs = self.scored or self.legs >= PAIR
         offered = self.legs | ({"chosen", "rejected", "gold"} if self.scored else set())
@@ -157,7 +159,12 @@ class RowsKind:
         elif COMPLETION in lacking and self.legs >= {"gold"} and not labels:
             lacking.remove(COMPLETION)  # a completion without a label is read as the gold response
         have = self.scores | (PAIR if self.scored else frozenset())
+        lacking += [name for name in scores if name in COLUMNS and not self._tells(name)]
         return lacking + [f"score_{name}" for name in scores if name in (*PAIR, "gold") and name not in have]
+
+    def _tells(self, column: str) -> bool:
+        is_pair = self.legs >= PAIR
+        return column in self.scores and not self.scored and is_pair == (COLUMNS[column].leg in PAIR)
 
     def __str__(self) -> str:
         """The columns such rows have."""
@@ -174,9 +181,9 @@ def objectives_for(kinds: Iterable[RowsKind]) -> list[str]:
     names = []
     for name in OBJECTIVES.names():
         needs = example(OBJECTIVES[name]).needs
-        attributes = {score for score in needs.scores if score not in (*PAIR, "gold")}
+        attributes = set(attributes_in(needs.numbers))
         rated = all((kind.scored and attributes == {SCORE}) or attributes <= kind.scores for kind in kinds)
-        lacking = (kind.missing(needs.legs, labels=needs.labels, scores=needs.scores) for kind in kinds)
+        lacking = (kind.missing(needs.legs, labels=needs.labels, scores=needs.numbers) for kind in kinds)
         if rated and not any(lacking):
             names.append(name)
     return names
@@ -199,7 +206,8 @@ def arrange(
         labels: whether rows need a label.
         rule: how scored responses become pairs.
         seed: of what is random.
-        scores: those needed: of a leg, in every row, or attributes of a completion, at least one in a row.
+        scores: those needed: of a leg or a column of ``COLUMNS``, in every row, or attributes of a completion, at least
+            one in a row.
     Returns:
         The rows, in order, and those that the rule leaves out.
     Raises:
@@ -352,11 +360,13 @@ def require(rows: Sequence[Row], wanted: Sequence[str], *, labels: bool, scores:
 
 
 def _lacking(row: Row, kind: RowsKind, missing: Sequence[str], kinds: Sequence[RowsKind]) -> str:
-    legs = [name for name in missing if name != "label" and not name.startswith("score_")]
+    told = [name for name in missing if name in COLUMNS]
+    legs = [name for name in missing if name not in ("label", *told) and not name.startswith("score_")]
     needs = [f"a {legs[0]} response" if len(legs) == 1 else f"{_listing(legs)} responses"] if legs else []
     scores = [name.removeprefix("score_") for name in missing if name.startswith("score_")]
     needs += [f"scores of {_listing(scores)}"] * bool(scores)
     needs += ["a label"] * ("label" in missing)
+    needs += [f"{name}, {COLUMNS[name].about}," for name in told]
     who = "the rows have" if len(kinds) == 1 else "this row has"
     columns = _listing(["gold (or reference)" if name == "gold" and len(missing) > 1 else name for name in missing])
     if missing == ["gold"] and kind.labelled:
@@ -365,6 +375,8 @@ def _lacking(row: Row, kind: RowsKind, missing: Sequence[str], kinds: Sequence[R
         remedy = "add a gold or reference column (data.columns maps names)"
     elif scores and not legs:
         remedy = f"add {_listing([f'score_{name}' for name in scores])} columns, or a margin (data.columns maps names)"
+    elif told and not legs:
+        remedy = _add_told(kind, told)
     elif missing == ["label"]:
         remedy = "add a label column with true and false (data.columns maps names)"
     else:
@@ -375,6 +387,14 @@ def _lacking(row: Row, kind: RowsKind, missing: Sequence[str], kinds: Sequence[R
     more = f", and {len(names) - len(first)} more (python -m objectives)" if len(names) > len(first) else ""
     other = f", or use an objective that works with this data: {', '.join(first)}{more}" if names else ""
     return f"{row.where}: the objective needs {_listing(needs)} and {who} {kind}; {remedy}{other}"
+
+
+def _add_told(kind: RowsKind, names: Sequence[str]) -> str:
+    columns = _listing([f"a {name} column with {COLUMNS[name].expects}" for name in names])
+    own = [
+        f"a {COLUMNS[name].leg} response that is the row's own" for name in names if kind.scored or name in kind.scores
+    ]
+    return f"add {columns} (data.columns maps names)" + f", and give {_listing(own)}" * bool(own)
 
 
 def _listing(names: Sequence[str]) -> str:

@@ -45,7 +45,7 @@ class Source:
     streaming: bool = False
     """Read only the first rows, without downloading the rest, and keep them in the cache. Takes a row limit."""
     attributes: tuple[str, ...] = ()
-    """Columns with scores of a completion that an objective learns, e.g. helpfulness."""
+    """Further columns that an objective reads: scores of a completion, e.g. helpfulness, and those of ``COLUMNS``."""
 
     def __post_init__(self) -> None:
         if not self.dataset_name.strip():

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from data.shapes import RowsKind
+from data.shapes import RowsKind, attributes_in
 from launch.pages import ROOT, write_or_check
 from launch.recipes import training_recipes
 from objectives import MODIFIERS, OBJECTIVES, REGULARIZERS, RELABELERS, REWARD_TRANSFORMS, TOKEN_WEIGHTS
@@ -49,6 +49,12 @@ DATA: dict[str, RowsKind] = {
     "several responses with scores": RowsKind(frozenset(), scored=True),
     "one response, thumbs up or down": RowsKind(frozenset({"completion"}), labelled=True),
     "one response": RowsKind(frozenset({"gold"})),
+    "pairs of the policy's and the reference's samples: chosen_by": RowsKind(
+        frozenset({"chosen", "rejected"}), scores=frozenset({"chosen_by"})
+    ),
+    "one sample of the policy, and how likely it is preferred: preference": RowsKind(
+        frozenset({"gold"}), scores=frozenset({"preference"})
+    ),
 }
 """What a dataset can offer. What works with it is computed from what objectives declare."""
 
@@ -73,6 +79,10 @@ TROUBLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
      ("talr", "flow", "dft", "l2_init", "wise_ft")),
     ("training text is recited", "never learn some of it", ("goldfish",)),
     ("pass@1 rises and pass@N falls", "train for coverage", ("dco",)),
+    ("samples of several rounds come to look alike", "reward what the reference would not say, or the unlikely",
+     ("xpo", "unlikeliness")),
+    ("preferences go in circles, so that no score explains them", "play against a mixture with the reference",
+     ("nash_md",)),
     ("numbers are off by a lot", "make a wrong digit cost by its distance", ("ntl_was", "ntl_mse")),
 )  # fmt: skip
 """What goes wrong, what to try, and the names of it."""
@@ -122,10 +132,9 @@ def page() -> str:
 
 def _serves(rows: RowsKind, name: str) -> bool:
     needs = example(OBJECTIVES[name]).needs
-    attributes = [score for score in needs.scores if score not in ("chosen", "rejected", "gold")]
-    if attributes and not rows.scored:
+    if not rows.scored and not set(attributes_in(needs.numbers)) <= rows.scores:
         return False
-    return not rows.missing(needs.legs, labels=needs.labels, scores=needs.scores)
+    return not rows.missing(needs.legs, labels=needs.labels, scores=needs.numbers)
 
 
 def _link(name: str) -> str:

@@ -13,6 +13,7 @@ from objectives import (
     links,
     modifiers,
     number_tokens,
+    online,
     plugins,
     reference_free,
     regularizers,
@@ -30,6 +31,7 @@ from objectives import (
     tpo,
 )
 from objectives.batch import Leg, LegBatch, masked_sum
+from objectives.columns import COLUMNS, Column
 from objectives.mixture import Mixture, mixture
 from objectives.modifiers import Modified, Modifier, modified
 from objectives.needs import EXTRAS, Coupled, Needs, Objective, PairForm, Stateful, form_of, with_own_step
@@ -52,6 +54,7 @@ from objectives.token_weights import AdaptiveWeight, MaskWeight, TokenWeight
 from objectives.weighting import Weighting, weighting
 
 __all__ = [
+    "COLUMNS",
     "EXTRAS",
     "MODIFIERS",
     "OBJECTIVES",
@@ -63,6 +66,7 @@ __all__ = [
     "Answers",
     "Averaging",
     "Candidate",
+    "Column",
     "Counts",
     "Coupled",
     "LeftOut",
@@ -103,6 +107,7 @@ __all__ = [
     "modified",
     "modifiers",
     "number_tokens",
+    "online",
     "plugins",
     "reference_free",
     "regularizers",

@@ -13,6 +13,7 @@ import inspect
 import sys
 
 from objectives import MODIFIERS, OBJECTIVES, REGULARIZERS, RELABELERS, REWARD_TRANSFORMS, TOKEN_WEIGHTS
+from objectives.columns import COLUMNS
 from objectives.needs import Needs
 from objectives.programs import UNREGISTERED, compared, explained
 from objectives.registry import Registry, defaults, did_you_mean, example, field_docs, formula, source
@@ -41,6 +42,7 @@ def shown(needs: Needs) -> str:
     """What an objective needs, in words: ``chosen + rejected, reference``."""
     further = [word for word, needed in (("labels", needs.labels), ("reference", needs.reference)) if needed]
     further += [f"scores of {' and '.join(needs.scores)}"] * bool(needs.scores)
+    further += [f"a column {name} ({COLUMNS[name].expects})" for name in needs.columns]
     further += [f"{extra} of every token" for extra in needs.extras]
     further += [f"a scalar head: {', '.join(needs.values)}"] * bool(needs.values)
     return ", ".join([" + ".join(needs.legs), *further])

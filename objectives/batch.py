@@ -63,13 +63,20 @@ class Leg:
 
     def ref_sum_logps(self) -> Float[Tensor, " row"]:
         """log π_ref(y|x), summed over tokens, nats, without gradient."""
-        if self.ref_logps is None:
-            raise ValueError("this leg has no reference log-probs; the objective must declare Needs(reference=True)")
-        return _shared_sum(self.ref_logps.detach(), self.ref_share, self.mask)
+        return _shared_sum(self._reference(), self.ref_share, self.mask)
 
     def logratio(self) -> Float[Tensor, " row"]:
         """log π_θ(y|x) − log π_ref(y|x), summed over tokens, nats."""
         return self.sum_logps() - self.ref_sum_logps()
+
+    def token_logratios(self) -> Float[Tensor, "row token"]:
+        """log π_θ(y_t) − log π_ref(y_t) of every response token, nats; 0 elsewhere."""
+        return torch.where(self.mask, self.logps - self._reference(), 0.0)
+
+    def _reference(self) -> Float[Tensor, "row token"]:
+        if self.ref_logps is None:
+            raise ValueError("this leg has no reference log-probs; the objective must declare Needs(reference=True)")
+        return self.ref_logps.detach()
 
     def nll(self) -> Float[Tensor, " row"]:
         """−Σ_t weight_t · log π_θ(y_t|x, y_<t), nats: the likelihood terms' sum."""
@@ -143,7 +150,8 @@ class LegBatch:
     density_ratio: Float[Tensor, " row"] | None = None
     """p(prompt | desirable) / p(prompt | undesirable), > 0; None unless the objective needs it."""
     scores: Mapping[str, Tensor] = field(default_factory=_nothing)
-    """Scores of responses by leg or attribute, (row,) each, NaN where a row has none; only what was declared."""
+    """Scores of responses by leg or attribute, and columns by name, (row,) each; NaN where a row has no rating of an
+    attribute. Only what was declared."""
     state: Mapping[str, Tensor] = field(default_factory=_nothing)
     """The objective's state after the step before."""
     step: Mapping[str, Tensor] | None = None
@@ -173,7 +181,7 @@ class LegBatch:
         return values
 
     def score(self, name: str) -> Float[Tensor, " row"]:
-        """Scores of one leg or attribute, without gradient.
+        """Scores of one leg or attribute, or a column of ``objectives.columns``, without gradient.
 
         Raises:
             ValueError: they were not supplied.

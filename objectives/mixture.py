@@ -45,6 +45,7 @@ class Mixture:
             density_ratio=next(iter(encoders), None),
             likelihood=tuple(leg for leg in legs if any(leg in needs.likelihood for needs in each)),
             scores=_union(needs.scores for needs in each),
+            columns=_union(needs.columns for needs in each),
             extras=_union(needs.extras for needs in each),
             values=_union(needs.values for needs in each),
         )
@@ -67,7 +68,7 @@ class Mixture:
             legs={leg: _as_declared(batch[leg], needs) for leg in needs.legs},
             labels=batch.labels if needs.labels else None,
             density_ratio=batch.density_ratio if needs.density_ratio is not None else None,
-            scores={key: batch.scores[key] for key in needs.scores if key in batch.scores},
+            scores={key: batch.scores[key] for key in needs.numbers if key in batch.scores},
             state=_under(prefix, batch.state),
             step=None if batch.step is None else _under(prefix, batch.step),
             place=batch.place,

@@ -29,10 +29,17 @@ class Needs:
     """Legs whose likelihood is a term of the loss: those that token weights act on."""
     scores: tuple[str, ...] = ()
     """Scores that every row has: of a leg (``chosen``) or an attribute of the completion (``helpfulness``)."""
+    columns: tuple[str, ...] = ()
+    """What the data says of every row beside its responses, from ``objectives.columns.COLUMNS``."""
     extras: tuple[str, ...] = ()
     """Numbers per token beyond log-probs, from ``EXTRAS``."""
     values: tuple[str, ...] = ()
     """Outputs of a scalar head, by name: the model is then a reward model, and there are no log-probs."""
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Scores and columns: what ``LegBatch.score`` has."""
+        return (*self.scores, *self.columns)
 
 
 EXTRAS = {

@@ -17,6 +17,7 @@ from torch.nn.functional import logsigmoid
 
 from objectives.batch import LegBatch
 from objectives.checks import require
+from objectives.columns import COLUMNS
 from objectives.needs import Needs
 from objectives.output import Mean, Output, Term
 from objectives.registry import OBJECTIVES
@@ -164,8 +165,9 @@ class RewardRegression:
     def __post_init__(self) -> None:
         names = self.attributes
         holds = bool(names) and all(name.strip() for name in names) and len(set(names)) == len(names)
-        holds = holds and not {"chosen", "rejected", "gold"} & set(names)
-        require("attributes", names, holds, "different names of columns with ratings, none of them a response's")
+        holds = holds and not {"chosen", "rejected", "gold", *COLUMNS} & set(names)
+        expected = f"different names of columns with ratings, none of them a response's, {' or '.join(COLUMNS)}"
+        require("attributes", names, holds, expected)
 
     @property
     def needs(self) -> Needs:

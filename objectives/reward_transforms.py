@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 from objectives.checks import require
 from objectives.registry import REWARD_TRANSFORMS
-from objectives.rows import Candidate, Row, Text
+from objectives.rows import Row, Text
 
 Embed = Callable[[list[str]], np.ndarray]
 """Maps texts to their vectors, (text, hidden)."""
@@ -41,6 +41,8 @@ class Answers:
     """Of the rewards."""
     gold: str | None = None
     """A response known to be right, where there is one."""
+    mean_logps: Float[np.ndarray, " response"] | None = None
+    """Mean log-prob of each response's tokens under the policy that drew them, nats; None where one has none."""
     encoders: Mapping[str, Embed] = field(default_factory=_no_encoders)
     """Sentence encoders by the name that a transform asks for."""
 
@@ -201,6 +203,52 @@ class LengthPenalty:
         return replace(answers, scores=answers.scores - self.alpha / len(answers.names) * words[:, None])
 
 
+@REWARD_TRANSFORMS.register("unlikeliness")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unlikeliness:
+    """Unlikeliness reward: of responses that are equally right, those that the policy hardly finds are worth more.
+
+        r_i = R_i·(1 − β·ρ_i/G),    ρ_i = rank of response i among the prompt's G by mean log-prob of a token
+
+    reward by reward, with rank 0 for the least likely; equal log-probs share the mean of their ranks, where the authors
+    leave the order to the sort. Responses worth 0 stay at 0. R = 1, 1, 0, 1 with log-probs −0.5, −2, −0.1, −1 become
+    0.875, 1, 0, 0.9375 for β = 0.25: the rule that makes pairs then takes the second for the best, and z_score after it
+    gives the authors' advantages. A prompt whose responses are all right tells them apart too, against the likely ones.
+
+    Log-probs are those of the policy that was sampled: ``responses: [{text, score, mean_logp}, …]``. All responses of
+    the prompt are ranked, the wrong ones too. A score below 0 would turn round, the likely response losing less, so it
+    is refused: use scores like 1 for right and 0 for wrong.
+
+    References:
+        He et al. 2025, arXiv:2506.02355; ranks and default as in AndreHe02/rewarding-unlikely-release.
+    """
+
+    beta_rank: float = 0.25
+    """β: share of its reward that the likeliest response loses, nearly; in (0, 1]."""
+
+    replaces: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        require("beta_rank", self.beta_rank, 0 < self.beta_rank <= 1, "in (0, 1], 0.25 in the authors' code")
+
+    def __call__(self, answers: Answers) -> Answers:
+        if answers.mean_logps is None:
+            raise ValueError(
+                "unlikeliness ranks responses by their log-probs, and a response has no mean_logp; give each its mean "
+                "log-prob per token under the policy that drew it, or leave unlikeliness out"
+            )
+        if (answers.scores < 0).any():
+            raise ValueError(
+                "unlikeliness multiplies scores, and one is below 0, where the likely response would lose less; give "
+                "scores >= 0, or put clip with lowest: 0 before it"
+            )
+        logps = answers.mean_logps
+        below = (logps[None, :] < logps[:, None]).sum(axis=1)
+        equal = (logps[None, :] == logps[:, None]).sum(axis=1)
+        ranks = below + (equal - 1) / 2
+        return replace(answers, scores=answers.scores * (1 - self.beta_rank * ranks / len(logps))[:, None])
+
+
 @REWARD_TRANSFORMS.register("r3")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class R3:
@@ -305,20 +353,21 @@ def answers_of(row: Row, encoders: Mapping[str, Embed] | None = None) -> Answers
             )
     scores = [[each.rewards[name] for name in names] if each.rewards else [each.score] for each in row.candidates]
     gold = row.responses.get("gold")
+    logps = [each.mean_logp for each in row.candidates if each.mean_logp is not None]
     return Answers(
         prompt=asked(row.prompt),
         responses=[plain(each.text) for each in row.candidates],
         scores=np.array(scores, dtype=np.float64),
         names=names,
         gold=None if gold is None else plain(gold),
+        mean_logps=np.array(logps, dtype=np.float64) if len(logps) == len(row.candidates) else None,
         encoders=encoders or {},
     )
 
 
 def with_scores(row: Row, scores: Sequence[float]) -> Row:
     """The row with other scores of its candidates, best first and equal ones in their order."""
-    pairs = zip(row.candidates, scores, strict=True)
-    candidates = [Candidate(text=each.text, score=float(score), rewards=each.rewards) for each, score in pairs]
+    candidates = [replace(each, score=float(score)) for each, score in zip(row.candidates, scores, strict=True)]
     return replace(row, candidates=tuple(sorted(candidates, key=lambda each: -each.score)))
 
 

@@ -27,6 +27,8 @@ class Candidate:
     rewards: Mapping[str, float] = field(default_factory=_no_scores)
     """Several rewards by name (helpful, harmless), where the data has them; ``score`` is their sum unless the data says
     otherwise."""
+    mean_logp: float | None = None
+    """Mean log-prob of a token under the policy that drew it, nats, where the data says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +43,7 @@ class Row:
     responses: Mapping[str, Text]
     """Response by leg name: ``chosen``, ``rejected``, ``gold``, ``completion``. Plain text keeps its leading space."""
     scores: Mapping[str, float] = field(default_factory=_no_scores)
-    """Score by leg name, where the data has scores."""
+    """Score by leg name, where the data has scores; attributes and columns by name, where an objective reads them."""
     label: bool | None = None
     """Whether the ``completion`` is desirable (thumbs up); None where the data has no labels."""
     candidates: tuple[Candidate, ...] = ()

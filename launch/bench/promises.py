@@ -39,6 +39,7 @@ import numpy as np
 from align.recipe import Recipe, read_recipe
 from align.train import main as align_train
 from evals import held_out
+from launch.bench.sampled_rows import write_sampled
 from launch.recipes import FOLDER, training_recipes
 from objectives.stats import Estimate, mean_with_interval
 
@@ -99,9 +100,13 @@ def words(name: str, data: str, folder: Path, steps: int = STEPS) -> list[str]:
     path = FOLDER / f"{name}.yaml"
     recipe = read_recipe(path)
     rows = shared() / "data" / f"{data}.jsonl.gz"
+    columns = recipe.mixture.needs.columns
+    if columns:
+        rows = write_sampled(rows, folder / f"{name}.jsonl", columns, PROMPTS)
+    most = PROMPTS * 6 if "preference" in columns else PROMPTS  # of its rows every response is one
     found = [
         *(f"--config={path}", f"--model_name_or_path={shared() / 'models' / 'stories260k'}", f"--dataset_name={rows}"),
-        *(f"--eval_dataset_name={rows}", f"--max_rows={PROMPTS}", f"--output_dir={folder / name}"),
+        *(f"--eval_dataset_name={rows}", f"--max_rows={most}", f"--output_dir={folder / name}"),
         *(
             f"--max_steps={steps}",
             "--rows_per_step=16",
@@ -187,6 +192,12 @@ def promise(run: Trained) -> tuple[str, str, bool]:
             )
             return "ranking accuracy per token rises", _both(before, after), after.value > before.value
         return "ranking accuracy rises", _both(before, after), after.value > before.value
+    if "score_preference" in last:
+        liked = np.asarray(last["score_preference"]) - 0.5
+        before, after = (
+            run.clustered(liked * (sums["policy_completion"] - first["policy_completion"])) for sums in (first, last)
+        )
+        return "log-prob follows preference", _both(before, after), after.value > 0
     if "policy_completion" in last:
         auc = [line["eval/labels/auc"] for line in run.lines if "eval/labels/auc" in line]
         return "AUC of labels rises above 1/2", f"{auc[0]:.3f} → {auc[-1]:.3f}", auc[-1] > max(auc[0], 0.5)

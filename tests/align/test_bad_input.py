@@ -1162,7 +1162,7 @@ SENSELESS = {
         **dict.fromkeys(["ipo", "simpo", "dpo_norm", "orpo", "tpo_l", "alpha_po"], PER_TOKEN),
         **dict.fromkeys(["nca", "bco_pair", "sppo", "apo_zero", "apo_down", "dpop", "cal_dpo", "tdpo"], ONE_BY_ONE),
         **dict.fromkeys(["aot", "aot_unpaired", "beta_dpo"], COUPLED),
-        **dict.fromkeys(["kto", "bco", "sft", "dco", "ntl_was", "bradley_terry"], NOT_ABOUT_PAIRS),
+        **dict.fromkeys(["kto", "bco", "sft", "dco", "ntl_was", "bradley_terry", "nash_md"], NOT_ABOUT_PAIRS),
     },
     "ld_dpo": {
         "tdpo": "it compares whole distributions token by token",
@@ -1453,6 +1453,8 @@ OUT_OF_RANGE = {
             ("reward_scale", "0", "> 0 and finite"),
             ("distance", "kl", "'bwd_kl', 'fwd_kl' or 'sq'"),
         ],
+        "xpo": [("beta", "0", "> 0 and finite"), ("alpha", "0", "> 0 and finite (without it, this is dpo)")],
+        "nash_md": [("beta", "-1", "> 0 and finite")],
         "sft": [("leg", "rejected", "'gold' or 'chosen'"), ("per", "batch", "'token', 'sequence' or 'row'")],
         "dco": [
             ("attempts", "0", "in [1, 2²⁰], the pass@N budget"),
@@ -1473,7 +1475,7 @@ OUT_OF_RANGE = {
         "reward_regression": [
             *[
                 ("attributes", names, "different names of columns with ratings")
-                for names in ("[]", "[a, a]", "[chosen]")
+                for names in ("[]", "[a, a]", "[chosen]", "[preference]")
             ],
             ("attributes", "helpfulness", "a list"),
         ],
@@ -1512,6 +1514,7 @@ OUT_OF_RANGE = {
         "clip": [("lowest", "null", "a finite number, unless highest is one")],
         "clip, lowest: 1": [("highest", "0", "above lowest (1.0)")],
         "length_penalty": [("alpha", "0", "> 0 and finite")],
+        "unlikeliness": [("beta_rank", "0", "in (0, 1], 0.25 in the authors' code"), ("beta_rank", "1.5", "in (0, 1]")],
         "r3": [("questions", "shut", "'open', 'closed' or 'mixed'"), ("most_words", "0", ">= 1")],
     },
 }
@@ -1681,6 +1684,71 @@ SHAPES = [
         words="--objective '{name: reward_regression, attributes: [wit]}' --columns '{wits: humor}'",
         rows=rated(humor=3),
         says=["data.columns: 'wits' is no column of ours; did you mean 'wit'?"],
+    ),
+    Case(
+        name="nobody who wrote the chosen responses",
+        words="--objective xpo",
+        says=[
+            "rows.jsonl, row 0: the objective needs chosen_by, who wrote the chosen response, and the rows have prompt",
+            *("add a chosen_by column with policy or reference (data.columns maps names)", OTHERS, "dpo, ipo"),
+        ],
+    ),
+    Case(
+        name="one row of which nobody knows who wrote it",
+        words="--objective xpo",
+        rows=[row | {"chosen_by": None if i == 5 else "policy"} for i, row in enumerate(pairs())],
+        says=["rows.jsonl, row 5: the objective needs chosen_by", "this row has", "add a chosen_by column", OTHERS],
+    ),
+    Case(
+        name="a writer that is neither",
+        words="--objective xpo",
+        rows=each(chosen_by="gpt"),
+        says=["rows.jsonl: none of 8 rows can be used", "row 0: chosen_by is not policy or reference", "mend the rows"],
+    ),
+    Case(
+        name="a writer mapped from another column",
+        words="--objective xpo --columns '{chosen_buy: by}'",
+        rows=each(by="policy"),
+        says=["data.columns: 'chosen_buy' is no column of ours; did you mean 'chosen_by'?"],
+    ),
+    Case(
+        name="no preference of samples",
+        words="--objective nash_md",
+        rows=rated(),
+        says=[
+            "rows.jsonl, row 0: the objective needs preference, the probability that the completion is preferred",
+            *("add a preference column with a number in [0, 1]", OTHERS, "sft"),
+        ],
+    ),
+    Case(
+        name="a preference of pairs",
+        words="--objective nash_md",
+        rows=each(preference=0.5),
+        says=["row 0: the objective needs preference", "give a completion response that is the row's own", OTHERS],
+    ),
+    Case(
+        name="a preference in percent",
+        words="--objective nash_md",
+        rows=rated(preference=70),
+        says=["rows.jsonl: none of 8 rows can be used", "row 0: preference is not a number in [0, 1]", "mend the rows"],
+    ),
+    Case(
+        name="a preference from scores",
+        words="--objective nash_md",
+        rows=scored(0.9, 0.1),
+        says=["row 0: the objective needs preference", "responses with scores; add a preference column", OTHERS],
+    ),
+    Case(
+        name="no log-probs for unlikeliness",
+        words="--reward_transforms unlikeliness",
+        rows=scored(1, 1, 0),
+        says=["rows.jsonl, row 0: unlikeliness ranks responses by their log-probs", "give each its mean", "leave unl"],
+    ),
+    Case(
+        name="a relabeler of pairs whose writer matters",
+        words="--objective xpo --relabel '{name: reward_augmented, form: text}'",
+        rows=each(chosen_by="policy", score_chosen=2, score_rejected=1),
+        says=["relabel rewrites chosen and rejected, and the objective needs chosen_by", "leave relabel out"],
     ),
     *[
         Case(

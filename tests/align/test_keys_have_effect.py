@@ -145,6 +145,8 @@ BASES = [
         rows="rated",
         more=RATED,
     ),
+    objective("xpo", "beta=1", "alpha=1", rows="explored"),
+    objective("nash_md", "beta=10", rows="preferred", more=THREE_STEPS),
     modifier("r_dpo", "length_alpha=1"),
     modifier("ld_dpo", "ld_alpha=0", "applies_to=policy"),
     modifier("wpo", "clamp=false"),
@@ -174,6 +176,7 @@ BASES = [
     reward_transform("z_score"),
     reward_transform("clip", "lowest=0.45", "highest=0.7", keys="lowest: 0.25"),
     reward_transform("length_penalty", "alpha=0.1", keys="alpha: 0.01"),
+    reward_transform("unlikeliness", "beta_rank=1"),
     reward_transform(
         "r3", "encoder=second", "questions=closed", "most_words=3", "normalize=true", keys="encoder: first"
     ),
@@ -241,12 +244,14 @@ def save_rows(folder: Path) -> None:
             "score_rejected": 1.7 + i / 12,
         },
         "labels": lambda i, row: {"prompt": row["prompt"], "completion": row["chosen"], "label": i % 3 < 2},
+        "explored": lambda i, row: {**row, "chosen_by": ("policy", "reference")[i % 3 == 0]},
+        "preferred": lambda i, row: {"prompt": row["prompt"], "completion": row["chosen"], "preference": i / 24},
         "short": lambda i, row: {"prompt": row["prompt"], "chosen": f"{i % 10}", "rejected": "no", "gold": "yn"[i % 2]},
         "rated": lambda i, row: {"prompt": row["prompt"], "completion": row["chosen"], "wit": i % 5, "brevity": i % 3},
         "scored": lambda i, row: {
             "prompt": row["prompt"],
             "responses": [
-                {"text": text, "score": score}
+                {"text": text, "score": score, "mean_logp": -1 - 0.3 * score - len(text) / 50}
                 for text, score in zip((row["chosen"], row["rejected"], " no.", f" {i}."), SCORES[i % 2], strict=True)
             ],
             "gold": f" {'so ' * (i % 5 + 2)}it is.",

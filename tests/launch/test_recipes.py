@@ -14,7 +14,8 @@ import yaml
 
 from align.recipe import read_recipe
 from align.train import main
-from data.worlds import POLICY, candidates, gold, labels, pairs, problems, scored, triples
+from data.worlds import POLICY, Made, candidates, gold, labels, pairs, problems, scored, triples
+from launch.bench.sampled_rows import sampled, write_sampled
 from launch.recipes import training_recipes
 from objectives import MODIFIERS, OBJECTIVES, REGULARIZERS, RELABELERS, TOKEN_WEIGHTS
 from tests.equivalence.runs import write_rows
@@ -103,6 +104,8 @@ def test_trains_on_real_scored_responses(
     # Plain text has no system message, and these scores are probabilities.
     words += [*SCALE, "--relabel.0.form=text"] if recipe.relabel else []
     data, model = shared / "data" / "alpaca_eval_scored.jsonl.gz", shared / "models" / "stories260k"
+    if columns := recipe.mixture.needs.columns:
+        data = write_sampled(data, tmp_path / "sampled.jsonl", columns, 24)
     trained(path, tmp_path, model, data, words, capsys)
 
 
@@ -118,6 +121,8 @@ def own_words(path: Path) -> list[str]:
 def rows_for(path: Path) -> Callable[..., Any]:
     """Embedded rows of the kind that a recipe learns from."""
     needs = read_recipe(path).mixture.needs
+    if needs.columns:
+        return lambda asked, responses: Made(rows=sampled(scored(asked, responses).rows, needs.columns))
     if needs.labels:
         return labels
     if path.stem == "tpo_l":
@@ -147,7 +152,7 @@ def test_trains_on_the_embedded_world(
     pairwise = {"chosen", "rejected"} <= legs
     assert ("ranking/accuracy" in metrics) == (pairwise and not recipe.trains_reward_model)
     assert ("reward_model/accuracy" in metrics) == (pairwise and recipe.trains_reward_model)
-    moves = recipe.needs_reference and legs != {"gold"}
+    moves = recipe.needs_reference and (pairwise or recipe.mixture.needs.labels)
     assert any(metric.startswith(("labels/", "displacement/")) for metric in metrics) == moves
 
 

@@ -12,7 +12,7 @@ from jaxtyping import config
 from torch import Tensor
 from torch.testing import assert_close
 
-from objectives import OBJECTIVES, Leg, LegBatch, Mixture, Needs, Objective, Stateful, with_own_step
+from objectives import COLUMNS, OBJECTIVES, Column, Leg, LegBatch, Mixture, Needs, Objective, Stateful, with_own_step
 from tests.objectives.transcriptions import Ragged
 
 FP64_ROUNDING = {"rtol": 1e-11, "atol": 1e-12}  # the same float64 arithmetic in another order
@@ -88,6 +88,16 @@ def make_leg(
     return replace(leg, extras={name: made[name] for name in extras}, values=heads)
 
 
+def make_column(column: Column, *, generator: torch.Generator, rows: int, dtype: torch.dtype) -> Tensor:
+    """Numbers that the column can hold; of two rows or more the first two have its first two words."""
+    if column.words:
+        numbers = torch.tensor(list(column.words.values()), dtype=dtype)
+        drawn = torch.randint(0, len(numbers), (rows,), generator=generator)
+        drawn[:2] = torch.arange(2)[:rows] if rows > 1 else drawn[:2]
+        return numbers[drawn]
+    return column.lowest + (column.highest - column.lowest) * torch.rand(rows, generator=generator, dtype=dtype)
+
+
 def make_batch(
     objective: Objective,
     *,
@@ -108,7 +118,7 @@ def make_batch(
         at_reference: the policy's log-probs are the reference's.
         later: not the state at the beginning, but one after a step.
     """
-    known = {"legs", "reference", "labels", "density_ratio", "likelihood", "scores", "extras", "values"}
+    known = {"legs", "reference", "labels", "density_ratio", "likelihood", "scores", "columns", "extras", "values"}
     assert {field.name for field in fields(Needs)} == known, "teach make_batch what is new in Needs"
     generator = torch.Generator().manual_seed(seed)
     needs = objective.needs
@@ -140,7 +150,10 @@ def make_batch(
         legs=legs,
         labels=labels if needs.labels else None,
         density_ratio=0.05 * 400**spread if needs.density_ratio is not None else None,
-        scores={name: torch.randn(rows, generator=generator, dtype=dtype) * 2 for name in needs.scores},
+        scores={
+            **{name: torch.randn(rows, generator=generator, dtype=dtype) * 2 for name in needs.scores},
+            **{name: make_column(COLUMNS[name], generator=generator, rows=rows, dtype=dtype) for name in needs.columns},
+        },
         state=objective.init_state() if isinstance(objective, Stateful) else {},
     )
     batch = after_a_step(objective, batch) if later else batch

@@ -23,6 +23,7 @@ from torch.testing import assert_close
 
 from objectives import OBJECTIVES, Coupled, LegBatch, Objective, Stateful, with_own_step
 from objectives.beta_dpo import BetaDPO
+from objectives.online import NashMD
 from objectives.registry import field_docs, formula, source
 from objectives.tdpo import TDPO
 from tests.objectives.batches import (
@@ -131,13 +132,15 @@ KEYS: dict[tuple[str, str], Values] = {
     ("kto", "desirable_weight"): CLASS_WEIGHT,
     ("kto", "undesirable_weight"): CLASS_WEIGHT,
     ("margin_bt", "attribute"): ATTRIBUTE,
+    ("nash_md", "beta"): POSITIVE,
     ("nca", "beta"): POSITIVE,
     ("ntl_mse", "leg"): LEG,
     ("ntl_was", "leg"): LEG,
     ("orpo", "beta"): POSITIVE,
     ("orpo", "nll"): Values(allowed=("token", "sequence"), refused=("row", "mean", "")),
     ("reward_regression", "attributes"): Values(
-        allowed=(("score",), ("helpfulness", "correctness")), refused=((), ("",), ("a", "a"), ("chosen", "score"))
+        allowed=(("score",), ("helpfulness", "correctness")),
+        refused=((), ("",), ("a", "a"), ("chosen", "score"), ("preference",)),
     ),
     ("robust", "beta"): POSITIVE,
     ("robust", "label_smoothing"): SMOOTHING,
@@ -174,6 +177,8 @@ KEYS: dict[tuple[str, str], Values] = {
     ("tpo_l", "gamma"): Values(allowed=(0.0, 1.6), refused=(-0.1, *NOT_A_NUMBER)),
     ("tpo_l", "alpha"): NOT_NEGATIVE,
     ("tpo_l", "label_smoothing"): SOME_SMOOTHING,
+    ("xpo", "alpha"): POSITIVE,
+    ("xpo", "beta"): POSITIVE,
 }
 """Every key of every objective. The bounds come from the papers, not from the classes."""
 
@@ -273,12 +278,23 @@ def with_own_weights(batch: LegBatch, changed: LegBatch) -> LegBatch:
     return replace(changed, legs=legs)
 
 
+def with_own_ratios(batch: LegBatch, changed: LegBatch) -> LegBatch:
+    """``changed`` with log-ratios of tokens, which are constants to Nash-MD's gradient, as they were in ``batch``."""
+    legs = {}
+    for name in changed:
+        moved = batch[name].ref_logps + (changed[name].logps - batch[name].logps).detach()
+        legs[name] = replace(changed[name], ref_logps=moved)
+    return replace(changed, legs=legs)
+
+
 def assert_gradients_are_finite_differences(objective: Objective, batch: LegBatch) -> None:
     """By every input at once. A sort is made again where an input moves; β-DPO's β and selection are constants."""
     inputs = {name: values for name, values in inputs_of(batch).items() if name not in stopped(objective)}
 
     def loss(*values: Tensor) -> Tensor:
         changed = with_own_weights(batch, with_inputs(batch, dict(zip(inputs, values, strict=True))))
+        if isinstance(innermost(objective), NashMD):
+            changed = with_own_ratios(batch, changed)
         if not isinstance(innermost(objective), BetaDPO):
             changed = with_own_step(objective, changed)
         return objective(changed).loss(batch.counts())
@@ -520,9 +536,9 @@ def test_what_was_declared_is_asked_for_by_name(name: str):
             if getattr(needs, known):
                 with pytest.raises(ValueError, match=f"the rows have no {known} here"):
                     objective(replace(batch, **{known: None}))
-        for missing in needs.scores:
+        for missing in needs.numbers:
             with pytest.raises(ValueError, match=f"the rows have no score '{missing}' here"):
-                objective(replace(batch, scores={key: batch.scores[key] for key in needs.scores if key != missing}))
+                objective(replace(batch, scores={key: batch.scores[key] for key in needs.numbers if key != missing}))
         for field, kind in (("extras", ""), ("values", "value ")):
             for missing in getattr(needs, field):
                 rest = {key: each for key, each in getattr(batch[needs.legs[0]], field).items() if key != missing}

@@ -517,10 +517,10 @@ def test_mm_dpo_is_what_the_paper_says(inner: Inner, scaling: float):
 
 PAIRS_WITH_REFERENCE = {
     "dpo", "robust", "hinge", "ipo", "exo", "discopop", "dpo_norm", "dpop", "cal_dpo", "nca", "bco_pair", "sppo",
-    "apo_zero", "apo_down", "tdpo", "rpo", "irpo", "rpo_reward_aware", "aot", "aot_unpaired", "beta_dpo",
+    "apo_zero", "apo_down", "tdpo", "rpo", "irpo", "rpo_reward_aware", "xpo", "aot", "aot_unpaired", "beta_dpo",
 }  # fmt: skip
 PAIRS_WITHOUT = {"cpo", "simpo", "alpha_po", "orpo", "tpo", "tpo_l", "symbolic"}
-OF_DIFFERENCES = {"dpo", "robust", "hinge", "ipo", "exo", "discopop", "rpo", "irpo", "rpo_reward_aware"}
+OF_DIFFERENCES = {"dpo", "robust", "hinge", "ipo", "exo", "discopop", "rpo", "irpo", "rpo_reward_aware", "xpo"}
 COUPLED = {"aot", "aot_unpaired", "beta_dpo"}
 LABELLED = {"kto", "bco", "apo_zero_unpaired"}
 
@@ -533,7 +533,7 @@ LABELLED = {"kto", "bco", "apo_zero_unpaired"}
         ("wpo", (PAIRS_WITH_REFERENCE | PAIRS_WITHOUT) - COUPLED),
         ("mm_dpo", (PAIRS_WITH_REFERENCE | PAIRS_WITHOUT) - COUPLED - {"orpo", "symbolic"}),
         ("f_divergence", OF_DIFFERENCES | {"dpo_norm"}),
-        ("tr_dpo", PAIRS_WITH_REFERENCE | LABELLED),
+        ("tr_dpo", PAIRS_WITH_REFERENCE | LABELLED | {"nash_md"}),
     ],
 )
 def test_what_takes_which_modifier(modifier: str, expected: set[str]):

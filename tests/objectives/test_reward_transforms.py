@@ -20,12 +20,16 @@ from objectives.reward_transforms import (
     Clip,
     LengthPenalty,
     LogSigmoidCentered,
+    Unlikeliness,
     ZScore,
     answers_of,
     distinct_trigrams,
     plain,
     with_scores,
 )
+from tests.objectives.transcriptions_online import unlikeliness
+from tests.support import REPOSITORY
+from tests.vectors.reading import contents
 
 EXAMPLES: dict[str, Callable[[], RewardTransform]] = {
     "log_sigmoid_centered": LogSigmoidCentered,
@@ -33,7 +37,10 @@ EXAMPLES: dict[str, Callable[[], RewardTransform]] = {
     "clip": lambda: Clip(lowest=-0.5, highest=0.5),
     "length_penalty": lambda: LengthPenalty(alpha=0.1),
     "r3": lambda: R3(encoder="e"),
+    "unlikeliness": Unlikeliness,
 }
+NOT_NEGATIVE = ("unlikeliness",)
+"""Those that refuse scores below 0."""
 every_transform = pytest.mark.parametrize("name", REWARD_TRANSFORMS.names())
 
 
@@ -47,12 +54,17 @@ def answers(scores: Any, **changes: Any) -> Answers:
     array = array[:, None] if array.ndim == 1 else array
     names = ("score",) if array.shape[1] == 1 else tuple(f"r{i}" for i in range(array.shape[1]))
     responses = tuple(f"a b {'c ' * i}" for i in range(len(array)))
-    given = Answers(prompt="abc", responses=responses, scores=array, names=names, encoders={"e": embed})
+    logps = -1.0 * (np.arange(len(array)) % 3)  # of which some are equal
+    given = Answers(
+        prompt="abc", responses=responses, scores=array, names=names, mean_logps=logps, encoders={"e": embed}
+    )
     return replace(given, **changes)
 
 
-def random_answers(seed: int, responses: int, rewards: int) -> Answers:
-    return answers(np.random.default_rng(seed).normal(size=(responses, rewards)))
+def random_answers(seed: int, responses: int, rewards: int, name: str = "") -> Answers:
+    """With scores that the transform of that name takes."""
+    scores = np.random.default_rng(seed).normal(size=(responses, rewards))
+    return answers(abs(scores) if name in NOT_NEGATIVE else scores)
 
 
 # ---- laws ----
@@ -61,7 +73,7 @@ def random_answers(seed: int, responses: int, rewards: int) -> Answers:
 @every_transform
 @given(seed=st.integers(0, 99), responses=st.integers(1, 6), rewards=st.integers(1, 3))
 def test_nothing_is_edited_and_every_score_is_finite(name: str, seed: int, responses: int, rewards: int):
-    given_ = random_answers(seed, responses, rewards)
+    given_ = random_answers(seed, responses, rewards, name)
     before = given_.scores.copy()
     given_.scores.setflags(write=False)
     after = EXAMPLES[name]()(given_)
@@ -75,9 +87,15 @@ def test_nothing_is_edited_and_every_score_is_finite(name: str, seed: int, respo
 @every_transform
 @given(seed=st.integers(0, 99), responses=st.integers(2, 6), rewards=st.integers(1, 3))
 def test_responses_may_come_in_any_order(name: str, seed: int, responses: int, rewards: int):
-    given_ = random_answers(seed, responses, rewards)
+    given_ = random_answers(seed, responses, rewards, name)
     order = np.random.default_rng(seed).permutation(responses)
-    moved = replace(given_, responses=tuple(given_.responses[i] for i in order), scores=given_.scores[order])
+    logps = given_.mean_logps
+    moved = replace(
+        given_,
+        responses=tuple(given_.responses[i] for i in order),
+        scores=given_.scores[order],
+        mean_logps=None if logps is None else logps[order],
+    )
     transform = EXAMPLES[name]()
     np.testing.assert_allclose(transform(moved).scores, transform(given_).scores[order], rtol=1e-12, atol=1e-12)
 
@@ -85,6 +103,8 @@ def test_responses_may_come_in_any_order(name: str, seed: int, responses: int, r
 @every_transform
 def test_extreme_scores_stay_finite(name: str):
     for scores in ([1e30, -1e30, 0.0], [0.0, 0.0], [5.0], [1e-300, 0.0]):
+        if name in NOT_NEGATIVE and min(scores) < 0:
+            continue
         assert np.isfinite(EXAMPLES[name]()(answers(scores)).scores).all(), scores
 
 
@@ -120,6 +140,9 @@ def test_transforms_are_frozen_and_documented(name: str):
         (R3, {"questions": "factual"}, "questions"),
         (R3, {"most_words": 0}, "most_words"),
         (R3, {"highest_relevance": 0.0}, "highest_relevance"),
+        (Unlikeliness, {"beta_rank": 0.0}, "beta_rank"),
+        (Unlikeliness, {"beta_rank": 1.01}, "beta_rank"),
+        (Unlikeliness, {"beta_rank": math.nan}, "beta_rank"),
     ],
 )
 def test_keys_out_of_range_are_named(cls: type, keys: dict[str, Any], named: str):
@@ -238,6 +261,64 @@ def test_several_rewards_bear_a_length_once(rewards: int):
     np.testing.assert_allclose(LengthPenalty(alpha=0.5)(two).total(), [-1.5, -0.5])
 
 
+# ---- unlikeliness ----
+
+
+def test_unlikeliness_by_hand():
+    """Ranks 2, 0, 3, 1 of four: 1 − 0.25·2/4, 1, 0, 1 − 0.25·1/4; the right answer that was least likely is best."""
+    one = answers([1.0, 1.0, 0.0, 1.0], mean_logps=np.array([-0.5, -2.0, -0.1, -1.0]))
+    assert Unlikeliness()(one).total().tolist() == [0.875, 1.0, 0.0, 0.9375]
+
+
+def test_equal_log_probs_share_their_ranks():
+    """Ranks 0.5, 0.5 and 2 of three with β = 1: neither order of the first two is preferred."""
+    one = answers([3.0, 3.0, 3.0], mean_logps=np.array([-2.0, -2.0, -1.0]))
+    np.testing.assert_allclose(Unlikeliness(beta_rank=1.0)(one).total(), [2.5, 2.5, 1.0])
+
+
+def test_every_reward_of_a_response_shrinks_alike():
+    one = answers([[1.0, 2.0], [3.0, 4.0]], mean_logps=np.array([-1.0, -2.0]))
+    np.testing.assert_allclose(Unlikeliness(beta_rank=0.5)(one).scores, [[0.75, 1.5], [3.0, 4.0]])
+
+
+@given(
+    group=st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([-2.0, -1.5, -1.0, -0.1])), min_size=1),
+    beta_rank=st.floats(0.01, 1),
+)
+def test_unlikeliness_is_the_paper_s(group: list[tuple[float, float]], beta_rank: float):
+    scores, logps = ([pair[i] for pair in group] for i in (0, 1))
+    found = Unlikeliness(beta_rank=beta_rank)(answers(scores, mean_logps=np.array(logps))).total()
+    np.testing.assert_allclose(found, unlikeliness(scores, logps, beta_rank=beta_rank), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("case", contents("transforms/unlikeliness")["cases"], ids=lambda case: case["name"])
+def test_advantages_of_the_authors(case: dict[str, Any]):
+    """Their code normalises what it has multiplied, with 10⁻⁶ beside the standard deviation, as z_score has not."""
+    one = answers(case["scores"], mean_logps=np.array(case["mean_logps"]))
+    found = Unlikeliness(**case["config"])(one)
+    scores = found.total()
+    expected = (scores - scores.mean()) / (scores.std(ddof=1) + 1e-6)
+    np.testing.assert_allclose(case["advantages"], expected, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(case["advantages"], ZScore()(found).total(), rtol=1e-4)
+
+
+def test_vectors_of_transforms_have_their_provenance():
+    vectors = contents("transforms/unlikeliness")
+    assert vectors["source"].strip()
+    assert vectors["versions"]
+    assert (REPOSITORY / vectors["made_by"]).is_file()
+
+
+def test_responses_without_log_probs_are_refused():
+    with pytest.raises(ValueError, match="a response has no mean_logp; give each its mean log-prob per token"):
+        Unlikeliness()(answers([1.0, 0.0], mean_logps=None))
+
+
+def test_scores_that_would_turn_round_are_refused():
+    with pytest.raises(ValueError, match=r"one is below 0, .* give scores >= 0, or put clip with lowest: 0 before it"):
+        Unlikeliness()(answers([1.0, -1.0]))
+
+
 # ---- R³ ----
 
 
@@ -337,6 +418,16 @@ def test_rewards_are_columns_by_name():
     scores_alone = row(candidates=(Candidate(text=" a", score=3.0),), responses={"gold": " g"})
     found = answers_of(scores_alone)
     assert (found.names, found.scores.tolist(), found.gold) == (("score",), [[3.0]], "g")
+
+
+def test_log_probs_are_there_where_all_responses_have_one():
+    some = tuple(Candidate(text=f" {i}", score=1.0, mean_logp=-float(i)) for i in range(3))
+    found = answers_of(row(candidates=some)).mean_logps
+    assert found is not None
+    assert found.tolist() == [0.0, -1.0, -2.0]
+    assert answers_of(row(candidates=(*some, Candidate(text=" x", score=1.0)))).mean_logps is None
+    after = with_scores(row(candidates=some), [0.0, 2.0, 1.0])
+    assert [each.mean_logp for each in after.candidates] == [-1.0, -2.0, 0.0]
 
 
 def test_responses_with_different_rewards_are_refused():
