@@ -10,6 +10,7 @@ of them, and its reward_transforms and relabel see every score. The other kinds 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -48,9 +49,15 @@ class PairsSection:
     """File that python -m align.scores wrote of them."""
     output: str
     """Dataset to write, JSON lines; replaced if it is there."""
-    kind: Literal["scored", "pairs", "triples", "labels"] = "scored"
+    kind: Literal["scored", "pairs", "triples", "labels", "xpo", "nash_md"] = "scored"
     """scored: lists of responses with all their scores, of which a recipe's data.rule makes what it needs. pairs:
-    chosen and rejected. triples: and the best one as gold. labels: completions, thumbs up or down."""
+    chosen and rejected. triples: and the best one as gold. labels: completions, thumbs up or down. xpo: a sample and
+    one of the opponent, with who wrote the chosen one. nash_md: a sample, and the probability σ(score − opponent's
+    score) that it is preferred."""
+    opponent: str | None = None
+    """With kind xpo and nash_md: the opponent's samples for the same prompts."""
+    opponent_scores: str | None = None
+    """Their scores."""
     rule: Literal["best_vs_worst", "best_vs_random", "threshold", "margin"] = "best_vs_worst"
     """Which responses make a pair; as data.rule."""
     threshold: float | None = None
@@ -67,14 +74,18 @@ class PairsSection:
     """Of what is random."""
 
     def __post_init__(self) -> None:
-        if self.kind == "scored":
+        against = self.kind in ("xpo", "nash_md")
+        if against != (self.opponent is not None and self.opponent_scores is not None):
+            raise ValueError("kinds xpo and nash_md need opponent and opponent_scores, and no other kind has them")
+        if self.kind == "scored" or against:
             own = {"rule": "best_vs_worst", "threshold": None, "margin": 0.0, "max_length_ratio": None}
             idle = [key for key, default in own.items() if getattr(self, key) != default]
             if idle:
-                raise ValueError(f"{idle[0]} has no effect with kind scored: a recipe's data.{idle[0]} decides")
+                why = f": a recipe's data.{idle[0]} decides" if self.kind == "scored" else ""
+                raise ValueError(f"{idle[0]} has no effect with kind {self.kind}{why}")
         if self.kind == "labels" and self.rule != "threshold":
             raise ValueError("kind labels needs rule threshold and a threshold: the least score of thumbs up")
-        if self.gold_column is not None and self.kind in ("pairs", "labels"):
+        if self.gold_column is not None and self.kind not in ("triples", "scored"):
             raise ValueError(f"gold_column has no effect with kind {self.kind}; use triples or scored")
         require("seed", self.seed, self.seed >= 0, ">= 0")
 
@@ -218,6 +229,54 @@ def _arranged(rows: Sequence[Row], how: PairsSection) -> tuple[list[dict[str, An
     return made, Counter(problem.reason for problem in problems)
 
 
+def against(
+    scored: Iterable[tuple[Group, Sequence[SampleScore]]],
+    opponent: Iterable[tuple[Group, Sequence[SampleScore]]],
+    how: PairsSection,
+) -> Made:
+    """Rows of samples and an opponent's: the i-th usable one of a prompt against the i-th of the opponent's.
+
+    Args:
+        scored: the policy's samples with their scores.
+        opponent: the opponent's, of the same prompts in any order.
+        how: the settings; of kind xpo, equal scores and equal texts make no pair.
+    Raises:
+        DataError: nothing is left.
+    """
+    counts: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    others: dict[str, list[tuple[Sample, SampleScore]]] = {}
+    for group, scores in opponent:
+        others[group.prompt_id] = _usable(group, scores, how, Counter())
+    rows: list[dict[str, Any]] = []
+    for group, scores in scored:
+        counts["prompts"] += 1
+        met = list(zip(_usable(group, scores, how, counts), others.get(group.prompt_id, ()), strict=False))
+        made = [row for (own, mine), (other, theirs) in met if (row := _against(group, own, mine, other, theirs, how))]
+        rows += made
+        if not made:
+            reasons["no pair with a usable response of the opponent" if not met else "equal scores or texts"] += 1
+    if not rows:
+        raise DataError(f"{how.samples}: no row can be made of {counts['prompts']} prompts: {dict(reasons)}")
+    counts["prompts_left_out"] = sum(reasons.values())
+    return Made(rows=rows, counts=dict(counts), reasons=dict(reasons))
+
+
+def _against(
+    group: Group, own: Sample, mine: SampleScore, other: Sample, theirs: SampleScore, how: PairsSection
+) -> dict[str, Any] | None:
+    lead = _score(mine) - _score(theirs)
+    row: dict[str, Any] = {"prompt": _plain(group.prompt)}
+    if how.kind == "nash_md":
+        preference = 1 / (1 + math.exp(-max(min(lead, 500.0), -500.0)))
+        return row | {"completion": _plain(_like(own.text, group.prompt)), "preference": preference}
+    if lead == 0 or own.text == other.text:
+        return None
+    better, worse = (own, other) if lead > 0 else (other, own)
+    legs = {"chosen": _plain(_like(better.text, group.prompt)), "rejected": _plain(_like(worse.text, group.prompt))}
+    return row | legs | {"chosen_by": "policy" if lead > 0 else "reference"}
+
+
 def run(how: PairsSection, say: Callable[[str], None] = print) -> Path:
     """Reads, makes and writes; says what there was.
 
@@ -225,7 +284,11 @@ def run(how: PairsSection, say: Callable[[str], None] = print) -> Path:
         RecipeError, RunError, DataError: one sentence on what is wrong and what to do.
     """
     output = Path(how.output)
-    made = make_rows(read_scores(Path(how.scores), stored.read(Path(how.samples))), how)
+    scored = read_scores(Path(how.scores), stored.read(Path(how.samples)))
+    if how.opponent is not None and how.opponent_scores is not None:
+        made = against(scored, read_scores(Path(how.opponent_scores), stored.read(Path(how.opponent))), how)
+    else:
+        made = make_rows(scored, how)
     with replacing(output) as file:
         file.writelines((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode() for row in made.rows)
     counts = made.counts

@@ -48,7 +48,8 @@ class RoundsSection:
     fresh_prompts: bool = False
     """Each round takes another part of the prompts; else all of them, with another seed."""
     opponent: Literal["none", "reference"] = "none"
-    """reference: also sample the reference, one response for each of the policy's: for xpo and nash_md."""
+    """reference: also sample the reference, one response for each of the policy's: for xpo and nash_md. Nash-MD's own
+    opponent is a mixture of policy and reference, which no engine samples; the reference is its limit."""
     mix_dataset: str | None = None
     """Offline dataset to train on too, in every round."""
     mix_weight: float = 1.0
@@ -209,7 +210,7 @@ class Rounds:
         if self.section.opponent == "reference":
             names = {"opponent": "opponent.jsonl", "opponent_scores": "opponent.scores.jsonl"}
             rows |= {key: str(folder / name) for key, name in names.items()}
-            rows["kind"] = self.recipe.objectives[0].name
+            rows["kind"] = "nash_md" if self.recipe.objectives[0].name == "nash_md" else "xpo"
         files = {"samples": "samples.jsonl", "scores": "samples.scores.jsonl", "output": "train.jsonl"}
         return {"pairs": {**{key: str(folder / name) for key, name in files.items()}, **rows}}
 
@@ -248,6 +249,12 @@ def read_rounds(config: str | None, words: Sequence[str]) -> Rounds:
         )
     if section.reference == "initial" and model.adapter_name_or_path is not None:
         raise RecipeError("run.reference initial can't be an adapter; merge it into its base, or set previous")
+    columns = recipe.mixture.needs.columns
+    if bool(columns) != (section.opponent == "reference"):
+        names = ", ".join(entry.name for entry in recipe.objectives)
+        if columns:
+            raise RecipeError(f"run.opponent: {names} compares the policy with an opponent; set run.opponent reference")
+        raise RecipeError(f"run.opponent has no effect: {names} reads nothing of an opponent; remove it")
     if section.reference == "initial" and not recipe.needs_reference:
         names = ", ".join(entry.name for entry in recipe.objectives)
         raise RecipeError(f"run.reference has no effect: {names} needs no reference model; remove it")

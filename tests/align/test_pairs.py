@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from align.errors import RecipeError
-from align.pairs import PairsSection, main, make_rows
+from align.pairs import SCHEMA, PairsSection, against, main, make_rows
 from align.samples import Group
 from align.score_lines import SampleScore, append
 from align.settings import read_settings
@@ -154,10 +155,24 @@ def test_training_reads_what_is_written(tmp_path: Path, kind: str, prompt: str, 
     ids=str,
 )
 def test_settings_that_can_t_be_meant(words: list[str], says: str):
-    from align.pairs import SCHEMA
-
     with pytest.raises(RecipeError, match=says):
         read_settings(None, ["--samples=a", "--scores=b", "--output=c", *words], SCHEMA)
+
+
+def test_samples_against_an_opponent_s():
+    policy = scored(chat("A?", ["p1", "p2", "p3"]), (0.9, 0.2, 0.5)), scored(chat("B?", ["q"]), (1.0,))
+    other = scored(chat("B?", ["q"]), (0.0,)), scored(chat("A?", ["r1", "r2", "r3"]), (0.1, 0.7, 0.5))
+    keys = {"samples": "s", "scores": "s", "output": "o", "opponent": "t", "opponent_scores": "u"}
+    found = against(policy, other, PairsSection(**keys, kind="xpo"))
+    said = [(row["chosen"][0]["content"], row["rejected"][0]["content"], row["chosen_by"]) for row in found.rows]
+    assert said == [("p1", "r1", "policy"), ("r2", "p2", "reference")]
+    assert found.reasons == {"equal scores or texts": 1}
+    nash = against(policy, other, PairsSection(**keys, kind="nash_md"))
+    wanted = [1 / (1 + math.exp(-0.8)), 1 / (1 + math.exp(0.5)), 0.5, 1 / (1 + math.exp(-1.0))]
+    assert [row["preference"] for row in nash.rows] == pytest.approx(wanted, abs=1e-12)
+    assert [row["completion"][0]["content"] for row in nash.rows] == ["p1", "p2", "p3", "q"]
+    with pytest.raises(RecipeError, match="kinds xpo and nash_md need opponent and opponent_scores"):
+        read_settings(None, ["--samples=a", "--scores=b", "--output=c", "--kind=xpo"], SCHEMA)
 
 
 def test_scores_of_other_samples_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -141,7 +141,7 @@ def test_what_ends_rounds_ends_their_stage(world: Path):
     assert left.stdout == ""
 
 
-@pytest.mark.slow
+@pytest.mark.all
 def test_adapters_go_from_round_to_round(world: Path):
     given = ["--lora.r=8", "--learning_rate=2e-3"]
     measured, _ = rounds(world, overrides=given)
@@ -174,6 +174,24 @@ def test_a_stage_that_fails_says_why(world: Path):
     with pytest.raises(RunError, match=r"round 1, samples: no prompt leaves room .* what is finished is kept"):
         rounds(world)
     assert json.loads((world / "out" / "state.json").read_text())["done"].keys() == {"0/evaluate"}
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("name", ["xpo", "nash_md"])
+def test_rounds_against_the_reference(world: Path, name: str):
+    recipe = f"--run.recipe={REPOSITORY / 'launch' / 'recipes' / f'{name}.yaml'}"
+    given = words(world, recipe, "--run.opponent=reference", "--run.reference=initial", "--run.rounds=2")
+    overrides = json.dumps(["--learning_rate=1e-4", "--rows_per_step=16", "--eval_share=0"])
+    given = [f"--run.overrides={overrides}" if word.startswith("--run.overrides") else word for word in given]
+    measured = Runner(read_rounds(None, given), say=lambda line: None).run()
+    assert len(measured) == 3
+    rows = [json.loads(line) for line in (world / "out" / "round-2" / "train.jsonl").read_text().splitlines()]
+    if name == "xpo":
+        assert {row["chosen_by"] for row in rows} == {"policy", "reference"}
+    else:
+        assert len({row["preference"] for row in rows}) > 5
+    opponent = next(stored.read(world / "out" / "round-2" / "opponent.jsonl")).samples[0].origin.model
+    assert opponent == str(POLICY)
 
 
 def test_other_settings_are_not_mixed_in(world: Path):
@@ -262,6 +280,7 @@ def test_patience(scores: list[float], stops: bool):
         (["--run.reference=first"], [], r"run\.reference must be one of previous, initial"),
         (["--run.accelerate_config=no.yaml"], [], r"run\.accelerate_config: there is no file"),
         (["--run.reference=initial"], ["--objective=simpo"], "simpo needs no reference model"),
+        (["--run.opponent=reference"], [], r"run\.opponent has no effect: dpo reads nothing of an opponent"),
         (["--rows.margin=1"], [], "margin has no effect with kind scored"),
         (["--learning_rate=1"], [], r"here it is run\.overrides"),
     ],
