@@ -28,7 +28,7 @@ from align.errors import RecipeError, RunError
 from align.groups import group_samples
 from align.keys import Schema
 from align.prompts import PromptSection
-from align.sample import Job, SampledModel
+from align.sample_settings import Job, OutputSection, SampledModel, goal_of
 from align.samplers import ServingSection
 from align.samples import Group
 from align.sampling import Sampling
@@ -155,14 +155,14 @@ def run(found: dict[str, Any], say: Say = print) -> Path:
         return output
     if not found["scorers"]:
         raise RecipeError("there is no 'scorers' section: name what finds answers or says which are good, e.g. math")
-    out = sampling_command.OutputSection(output=str(output.with_name(f"{output.stem}.samples.jsonl")))
+    out = OutputSection(output=str(output.with_name(f"{output.stem}.samples.jsonl")))
     job = Job(
         model=found["model"],
         data=found["data"],
         sampling=found["sampling"],
         serving=found["serving"],
         out=out,
-        goal=sampling_command.goal_of(found["relabel"]),
+        goal=goal_of(found["relabel"]),
     )
     transforms = [each.built for each in found["reward_transforms"]]
     if entry.name == "qalign":

@@ -14,7 +14,7 @@ from align.groups import Pick
 from align.prompts import Prompt, read_prompts
 from align.qalign import Chain, minimum_bayes_risk, qalign, vote
 from align.qalign import Request as Prefix
-from align.sample import Job
+from align.sample_settings import Job
 from align.samplers import end_tokens
 from align.samples import Group, Origin, Sample
 from align.sampling import Drawn, Request, decoded, encoded, spread, without_end

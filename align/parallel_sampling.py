@@ -25,7 +25,7 @@ from align import samples as stored
 from align.errors import RunError
 
 if TYPE_CHECKING:
-    from align.sample import Job
+    from align.sample_settings import Job
 
 
 def in_parallel(job: Job, output: Path, say: Callable[[str], None]) -> dict[str, Any]:

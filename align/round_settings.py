@@ -18,7 +18,7 @@ from align.keys import TRAINING, Schema
 from align.pairs import PairsSection
 from align.prompts import PromptSection
 from align.recipe import Recipe, read_recipe
-from align.sample import SampledModel
+from align.sample_settings import SampledModel
 from align.samplers import ServingSection
 from align.sampling import Sampling
 from align.scores import SCORERS
