@@ -1891,7 +1891,7 @@ SHAPES = [
     Case(
         name="a rule for pairs",
         words="--rule best_vs_random",
-        says=["rows.jsonl: data.rule, data.threshold and data.margin say how scored", "leave them out"],
+        says=["data.margin and data.max_length_ratio say how scored", "leave them out"],
     ),
     Case(
         name="a rule for one response",
@@ -1903,7 +1903,7 @@ SHAPES = [
         name="a margin of labels by threshold",
         words="--objective bco --rule threshold --threshold 0.55 --data.margin 0.1",
         rows=scored(0.5, 0.6),
-        says=["data.margin has no effect", "every response gets a label", "leave data.margin out"],
+        says=["data.margin has no effect", "every response gets a label", "leave it out"],
     ),
     Case(name="streaming without end", words="--streaming", says=["data.streaming needs data.max_rows"]),
     Case(
