@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 from scipy.special import stdtrit
@@ -30,6 +31,8 @@ class Metric:
     label: str
     unit: str
     """``share`` (0 to 1), ``points`` (a difference of shares) or ``nats``."""
+    better: Literal["higher", "lower", ""] = ""
+    """Which way a model is better; empty where the number says something else."""
 
 
 METRICS: Mapping[str, Metric] = {
@@ -159,7 +162,7 @@ def rank(pairs: Pairs) -> Ranking:
             "displacement/chosen_per_token": up_chosen / tokens_chosen,
             "displacement/rejected_per_token": up_rejected / tokens_rejected,
         }
-    found = {name: _share(values, prompts) for name, values in shares.items()}
+    found = {name: share_of(values, prompts) for name, values in shares.items()}
     found |= {name: mean_of(values, prompts) for name, values in means.items()}
     return Ranking(estimates={name: found[name] for name in METRICS if name in found}, n_dropped=dropped)
 
@@ -202,7 +205,7 @@ def _is(values: np.ndarray, what: float) -> np.ndarray:
     return (values == what).astype(np.float64)
 
 
-def _share(values: np.ndarray, prompts: Sequence[Hashable]) -> Estimate:
+def share_of(values: np.ndarray, prompts: Sequence[Hashable]) -> Estimate:
     """Share with the interval that fits; where all pairs agree, Wilson over prompts.
 
     The clustered interval of values that are all 0 (or all 1) has no width, as if nothing else could ever be seen.
