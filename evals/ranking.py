@@ -36,8 +36,10 @@ class Metric:
 
 
 METRICS: Mapping[str, Metric] = {
-    "ranking/accuracy": Metric("Policy gives the chosen response more probability", "share"),
-    "ranking/accuracy_per_token": Metric("Policy gives the chosen response more probability per token", "share"),
+    "ranking/accuracy": Metric("Policy gives the chosen response more probability", "share", "higher"),
+    "ranking/accuracy_per_token": Metric(
+        "Policy gives the chosen response more probability per token", "share", "higher"
+    ),
     "ranking/strict": Metric("As ranking/accuracy, with a tie counted as wrong", "share"),
     "ranking/strict_per_token": Metric("As ranking/accuracy_per_token, with a tie counted as wrong", "share"),
     "ranking/ties": Metric("Pairs the policy ties", "share"),
@@ -45,7 +47,7 @@ METRICS: Mapping[str, Metric] = {
     "ranking/reference": Metric("Reference gives the chosen response more probability", "share"),
     "ranking/reference_per_token": Metric("Reference gives the chosen response more probability per token", "share"),
     "ranking/gain": Metric("Ranking accuracy, policy minus reference on the same pairs", "points"),
-    "rewards/accuracies": Metric("Policy raised the chosen response more than the rejected one", "share"),
+    "rewards/accuracies": Metric("Policy raised the chosen response more than the rejected one", "share", "higher"),
     "displacement/chosen": Metric("Change of log-prob of the chosen response", "nats"),
     "displacement/rejected": Metric("Change of log-prob of the rejected response", "nats"),
     "displacement/chosen_per_token": Metric("Change of log-prob of the chosen response per token", "nats"),

@@ -32,16 +32,16 @@ from evals.results import Result
 from objectives.stats import Estimate, beats, clustered_stderr
 
 METRICS: Mapping[str, Metric] = {
-    "reward_model/accuracy": Metric("Reward model scores the chosen response higher", "share"),
+    "reward_model/accuracy": Metric("Reward model scores the chosen response higher", "share", "higher"),
     "reward_model/ties": Metric("Pairs whose responses it scores alike", "share"),
     "reward_model/margin": Metric("Score of the chosen response minus that of the rejected one", ""),
-    "reward_model/nll": Metric("−log σ(margin): 0.693 for a model that knows nothing", "nats"),
-    "reward_model/brier": Metric("(1 − σ(margin))²: 0.25 for a model that knows nothing", ""),
-    "reward_model/ece": Metric("How far accuracy is from confidence, over bins of confidence (ECE)", "share"),
+    "reward_model/nll": Metric("−log σ(margin): 0.693 for a model that knows nothing", "nats", "lower"),
+    "reward_model/brier": Metric("(1 − σ(margin))²: 0.25 for a model that knows nothing", "", "lower"),
+    "reward_model/ece": Metric("How far accuracy is from confidence, over bins of confidence (ECE)", "share", "lower"),
     "reward_model/temperature": Metric("Divisor of scores that fits these pairs best; above 1: overconfident", ""),
-    "reward_model/absolute_error": Metric("Absolute error of predicted ratings", ""),
-    "reward_model/rmse": Metric("Root mean squared error of predicted ratings", ""),
-    "reward_model/spearman": Metric("Rank correlation of predicted with given ratings", ""),
+    "reward_model/absolute_error": Metric("Absolute error of predicted ratings", "", "lower"),
+    "reward_model/rmse": Metric("Root mean squared error of predicted ratings", "", "lower"),
+    "reward_model/spearman": Metric("Rank correlation of predicted with given ratings", "", "higher"),
 }
 """Every metric of this module. Where there is no unit, it is that of the scores or ratings, or a pure number."""
 
