@@ -22,7 +22,7 @@ from evals.results import Result
 from objectives.stats import FLOAT32_SUM, Estimate, beats
 
 METRICS: Mapping[str, Metric] = {
-    "labels/auc": Metric("Policy raised a desirable response more than an undesirable one", "share"),
+    "labels/auc": Metric("Policy raised a desirable response more than an undesirable one", "share", "higher"),
     "displacement/desirable": Metric("Change of log-prob of desirable responses", "nats"),
     "displacement/undesirable": Metric("Change of log-prob of undesirable responses", "nats"),
 }

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from evals import labelled, ranking, reward_model, worlds
+from evals import (
+    agreement,
+    arena,
+    ches,
+    idealised,
+    labelled,
+    memorisation,
+    ranking,
+    retention,
+    reward_model,
+    wildbench,
+    win_rate,
+    worlds,
+)
 from evals.ranking import Metric
 
 METRICS: Mapping[str, Metric] = {
@@ -12,4 +25,12 @@ METRICS: Mapping[str, Metric] = {
     **labelled.METRICS,
     **reward_model.METRICS,
     **worlds.METRICS,
+    **idealised.METRICS,
+    **ches.METRICS,
+    **win_rate.METRICS,
+    **wildbench.METRICS,
+    **arena.METRICS,
+    **agreement.METRICS,
+    **memorisation.METRICS,
+    **retention.METRICS,
 }

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 from scipy.special import stdtrit
@@ -30,11 +31,15 @@ class Metric:
     label: str
     unit: str
     """``share`` (0 to 1), ``points`` (a difference of shares) or ``nats``."""
+    better: Literal["higher", "lower", ""] = ""
+    """Which way a model is better; empty where the number says something else."""
 
 
 METRICS: Mapping[str, Metric] = {
-    "ranking/accuracy": Metric("Policy gives the chosen response more probability", "share"),
-    "ranking/accuracy_per_token": Metric("Policy gives the chosen response more probability per token", "share"),
+    "ranking/accuracy": Metric("Policy gives the chosen response more probability", "share", "higher"),
+    "ranking/accuracy_per_token": Metric(
+        "Policy gives the chosen response more probability per token", "share", "higher"
+    ),
     "ranking/strict": Metric("As ranking/accuracy, with a tie counted as wrong", "share"),
     "ranking/strict_per_token": Metric("As ranking/accuracy_per_token, with a tie counted as wrong", "share"),
     "ranking/ties": Metric("Pairs the policy ties", "share"),
@@ -42,7 +47,7 @@ METRICS: Mapping[str, Metric] = {
     "ranking/reference": Metric("Reference gives the chosen response more probability", "share"),
     "ranking/reference_per_token": Metric("Reference gives the chosen response more probability per token", "share"),
     "ranking/gain": Metric("Ranking accuracy, policy minus reference on the same pairs", "points"),
-    "rewards/accuracies": Metric("Policy raised the chosen response more than the rejected one", "share"),
+    "rewards/accuracies": Metric("Policy raised the chosen response more than the rejected one", "share", "higher"),
     "displacement/chosen": Metric("Change of log-prob of the chosen response", "nats"),
     "displacement/rejected": Metric("Change of log-prob of the rejected response", "nats"),
     "displacement/chosen_per_token": Metric("Change of log-prob of the chosen response per token", "nats"),
@@ -159,7 +164,7 @@ def rank(pairs: Pairs) -> Ranking:
             "displacement/chosen_per_token": up_chosen / tokens_chosen,
             "displacement/rejected_per_token": up_rejected / tokens_rejected,
         }
-    found = {name: _share(values, prompts) for name, values in shares.items()}
+    found = {name: share_of(values, prompts) for name, values in shares.items()}
     found |= {name: mean_of(values, prompts) for name, values in means.items()}
     return Ranking(estimates={name: found[name] for name in METRICS if name in found}, n_dropped=dropped)
 
@@ -202,7 +207,7 @@ def _is(values: np.ndarray, what: float) -> np.ndarray:
     return (values == what).astype(np.float64)
 
 
-def _share(values: np.ndarray, prompts: Sequence[Hashable]) -> Estimate:
+def share_of(values: np.ndarray, prompts: Sequence[Hashable]) -> Estimate:
     """Share with the interval that fits; where all pairs agree, Wilson over prompts.
 
     The clustered interval of values that are all 0 (or all 1) has no width, as if nothing else could ever be seen.

@@ -17,7 +17,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,22 +25,23 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import expit, stdtrit
 
-from evals.ranking import Metric, mean_of
-from evals.ranking import _share as share_of
+from evals.bootstrap import DRAWN, bootstrapped, numbers_of
+from evals.correlation import rank_correlation
+from evals.ranking import Metric, mean_of, share_of
 from evals.results import Result
 from objectives.stats import Estimate, beats, clustered_stderr
 
 METRICS: Mapping[str, Metric] = {
-    "reward_model/accuracy": Metric("Reward model scores the chosen response higher", "share"),
+    "reward_model/accuracy": Metric("Reward model scores the chosen response higher", "share", "higher"),
     "reward_model/ties": Metric("Pairs whose responses it scores alike", "share"),
     "reward_model/margin": Metric("Score of the chosen response minus that of the rejected one", ""),
-    "reward_model/nll": Metric("−log σ(margin): 0.693 for a model that knows nothing", "nats"),
-    "reward_model/brier": Metric("(1 − σ(margin))²: 0.25 for a model that knows nothing", ""),
-    "reward_model/ece": Metric("How far accuracy is from confidence, over bins of confidence (ECE)", "share"),
+    "reward_model/nll": Metric("−log σ(margin): 0.693 for a model that knows nothing", "nats", "lower"),
+    "reward_model/brier": Metric("(1 − σ(margin))²: 0.25 for a model that knows nothing", "", "lower"),
+    "reward_model/ece": Metric("How far accuracy is from confidence, over bins of confidence (ECE)", "share", "lower"),
     "reward_model/temperature": Metric("Divisor of scores that fits these pairs best; above 1: overconfident", ""),
-    "reward_model/absolute_error": Metric("Absolute error of predicted ratings", ""),
-    "reward_model/rmse": Metric("Root mean squared error of predicted ratings", ""),
-    "reward_model/spearman": Metric("Rank correlation of predicted with given ratings", ""),
+    "reward_model/absolute_error": Metric("Absolute error of predicted ratings", "", "lower"),
+    "reward_model/rmse": Metric("Root mean squared error of predicted ratings", "", "lower"),
+    "reward_model/spearman": Metric("Rank correlation of predicted with given ratings", "", "higher"),
 }
 """Every metric of this module. Where there is no unit, it is that of the scores or ratings, or a pure number."""
 
@@ -48,10 +49,6 @@ WHOLE = ("reward_model/ties", "reward_model/brier", "reward_model/ece", "reward_
 """Measured on all rows together and not on parts of them: few pairs say next to nothing about calibration."""
 BINS = 10
 """Bins of confidence, equally wide on [0.5, 1]."""
-DRAWS, SEED = 2000, 0
-"""Bootstrap samples of an interval, and the seed they are drawn with."""
-FEW = 20
-"""With fewer prompts than this, quantiles of bootstrap samples are too narrow to be an interval."""
 LOWEST, HIGHEST = 0.05, 50.0
 """Where the temperature is looked for."""
 MOST_STRENGTHS = 12
@@ -291,7 +288,7 @@ def calibration_error(pairs: Pairs, bins: int = BINS) -> Found:
     d = pairs.margin
     confidence, right = expit(np.abs(d)), beats(d, np.zeros(len(d)))
     _, of_pair = _binned(confidence, bins)
-    number = _numbers(pairs.prompts)
+    number = numbers_of(pairs.prompts)
     prompts = int(number.max()) + 1
     # A bin's part of the error is |Σ (correct − confidence)| / n, so sums by prompt are all that a sample needs.
     gaps = np.bincount(number * bins + of_pair, weights=right - confidence, minlength=prompts * bins)
@@ -303,7 +300,7 @@ def calibration_error(pairs: Pairs, bins: int = BINS) -> Found:
     estimate = bootstrapped(error, n=len(d), prompts=prompts, bounds=(0.0, 1.0))
     if np.ptp(right) == 0:
         estimate = replace(estimate, stderr=math.nan, low=math.nan, high=math.nan)
-    return Found(estimate, {"bins": reliability(d, bins), **_DRAWN})
+    return Found(estimate, {"bins": reliability(d, bins), **DRAWN})
 
 
 def temperature(pairs: Pairs) -> Found:
@@ -366,16 +363,16 @@ def of_ratings(parts: Sequence[Ratings]) -> dict[str, Found]:
     """
     errors = np.concatenate([part.predicted - part.given for part in parts])
     prompts = [prompt for part in parts for prompt in part.prompts]
-    number = _numbers(prompts)
+    number = numbers_of(prompts)
     squares, sizes = np.bincount(number, weights=errors**2), np.bincount(number)
 
     def root(drawn: np.ndarray) -> np.ndarray:
         return np.sqrt(drawn @ squares / (drawn @ sizes))
 
-    among = {"n": len(errors), "prompts": len(sizes)}
+    among: dict[str, Any] = {"n": len(errors), "prompts": len(sizes)}
     found = {
         "reward_model/absolute_error": Found(mean_of(np.abs(errors), prompts)),
-        "reward_model/rmse": Found(bootstrapped(root, **among, bounds=(0.0, math.inf)), _DRAWN),
+        "reward_model/rmse": Found(bootstrapped(root, **among, bounds=(0.0, math.inf)), DRAWN),
     }
     ends = np.cumsum([len(part.given) for part in parts])
     varying = [
@@ -386,89 +383,11 @@ def of_ratings(parts: Sequence[Ratings]) -> dict[str, Found]:
     if varying:
 
         def correlation(drawn: np.ndarray) -> np.ndarray:
-            each = [_rank_correlation(part.predicted, part.given, drawn[:, rows]) for part, rows in varying]
+            each = [rank_correlation(part.predicted, part.given, drawn[:, rows]) for part, rows in varying]
             return np.mean(each, axis=0)
 
-        found["reward_model/spearman"] = Found(bootstrapped(correlation, **among, bounds=(-1.0, 1.0)), _DRAWN)
+        found["reward_model/spearman"] = Found(bootstrapped(correlation, **among, bounds=(-1.0, 1.0)), DRAWN)
     return found
-
-
-def _rank_correlation(first: np.ndarray, second: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Spearman's ρ of samples in which each item occurs some number of times; NaN where one of the two is constant.
-
-    Args:
-        first: shape (item,).
-        second: shape (item,).
-        times: shape (sample, item).
-    Returns:
-        Shape (sample,).
-    """
-    n = times.sum(axis=1, keepdims=True)
-    x, y = (_ranks(values, times) - (n + 1) / 2 for values in (first, second))  # (n + 1)/2 is the mean rank
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (times * x * y).sum(axis=1) / np.sqrt((times * x**2).sum(axis=1) * (times * y**2).sum(axis=1))
-
-
-def _ranks(values: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Mean ranks, from 1, of each item among all copies of all items; shape (sample, item)."""
-    _, group = np.unique(values, return_inverse=True)
-    order = np.argsort(group, kind="stable")
-    first = np.searchsorted(group[order], np.arange(int(group.max()) + 1))
-    totals = np.add.reduceat(times[:, order], first, axis=1)
-    return (np.cumsum(totals, axis=1) - (totals - 1) / 2)[:, group]
-
-
-# ---- intervals ----
-
-_DRAWN = {"draws": DRAWS, "seed": SEED}
-
-
-def bootstrapped(
-    statistic: Callable[[np.ndarray], np.ndarray], *, n: int, prompts: int, bounds: tuple[float, float]
-) -> Estimate:
-    """A statistic with its 95 % interval by a bootstrap over prompts: a prompt is drawn with everything it has.
-
-    From ``FEW`` prompts on the interval is between the 2.5 % and 97.5 % quantiles of the samples, and wide enough to
-    hold the value itself (``bootstrap``); with fewer it is a t interval around the value with the samples' standard
-    deviation (``bootstrap-stderr-t``), cut to ``bounds``. Samples in which the statistic is undefined are left out.
-
-    Args:
-        statistic: maps how often each prompt was drawn, (sample, prompt), to values (sample,).
-        n: items.
-        prompts: how many there are.
-        bounds: lowest and highest value the statistic can have.
-    """
-    value = float(statistic(np.ones((1, prompts)))[0])
-    samples = [statistic(drawn) for drawn in _drawn(prompts, max(n, prompts))] if prompts > 1 else []
-    values = np.concatenate([np.empty(0), *samples])
-    values = values[np.isfinite(values)]
-    stderr = low = high = math.nan
-    if len(values) > DRAWS / 2 and np.ptp(values) > 0:
-        stderr = float(values.std(ddof=1))
-        if prompts >= FEW:
-            low, high = (float(end) for end in np.quantile(values, (0.025, 0.975)))
-            low, high = min(low, value), max(high, value)
-        else:
-            half = float(stdtrit(prompts - 1, 0.975)) * stderr
-            low, high = max(bounds[0], value - half), min(bounds[1], value + half)
-    interval = "bootstrap" if prompts >= FEW else "bootstrap-stderr-t"
-    return Estimate(value=value, stderr=stderr, low=low, high=high, n=n, clusters=prompts, interval=interval)
-
-
-def _drawn(prompts: int, width: int) -> Iterator[np.ndarray]:
-    """How often each prompt was drawn, (sample, prompt), in blocks of which ``width`` columns are a million numbers."""
-    rng = np.random.default_rng(SEED)
-    block = max(1, min(DRAWS, 1_000_000 // width))
-    for start in range(0, DRAWS, block):
-        samples = min(block, DRAWS - start)
-        drawn = rng.integers(0, prompts, (samples, prompts)) + prompts * np.arange(samples)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=samples * prompts).reshape(samples, prompts).astype(np.float64)
-
-
-def _numbers(prompts: Iterable[Hashable]) -> np.ndarray:
-    """Prompts as numbers from 0, in the order in which they come."""
-    numbers: dict[Hashable, int] = {}
-    return np.array([numbers.setdefault(prompt, len(numbers)) for prompt in prompts])
 
 
 def _finite(value: float) -> float:

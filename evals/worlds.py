@@ -16,9 +16,9 @@ from objectives.relabel import RewardAugmented
 from objectives.stats import beats, mean_with_interval
 
 METRICS: Mapping[str, Metric] = {
-    "answers/accuracy": Metric("Sampled answers that are right", "share"),
-    "answers/win_rate": Metric("Sampled answers with a higher gold score than the start's", "share"),
-    "answers/score": Metric("Gold score of sampled answers", ""),
+    "answers/accuracy": Metric("Sampled answers that are right", "share", "higher"),
+    "answers/win_rate": Metric("Sampled answers with a higher gold score than the start's", "share", "higher"),
+    "answers/score": Metric("Gold score of sampled answers", "", "higher"),
 }
 """Every metric of this module."""
 BATCH = 512

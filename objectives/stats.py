@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.special import stdtrit  # pyright: ignore[reportMissingTypeStubs]
@@ -30,7 +30,7 @@ class Estimate:
     clusters: int
     """Prompts; equal to ``n`` where each item has its own."""
     interval: str
-    """How ``low`` and ``high`` were made: ``wilson`` or ``clustered-t``; both at 95 %."""
+    """How ``low`` and ``high`` were made: ``wilson``, ``wilson-clustered``, ``clustered-t``, …; all at 95 %."""
 
 
 def wilson(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
@@ -47,7 +47,10 @@ def wilson(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
     """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"a proportion needs 0 <= successes <= n and n >= 1, got {successes} of {n}")
-    p = successes / n
+    return _wilson(successes / n, n, z)
+
+
+def _wilson(p: float, n: float, z: float) -> tuple[float, float]:
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return max(0.0, centre - half), min(1.0, centre + half)
@@ -92,6 +95,52 @@ def mean_with_interval(values: Sequence[float], clusters: Sequence[Hashable]) ->
     return Estimate(
         value=value, stderr=stderr, low=value - half, high=value + half, n=n, clusters=groups, interval="clustered-t"
     )
+
+
+def macro_mean(values: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
+    """Mean over prompts of each prompt's mean, so that a prompt with many items counts as much as one with few.
+
+        SE = sd(prompt means) / √G
+
+    ``mean_with_interval`` of the prompts' means, with ``n`` counting items.
+
+    Args:
+        values: one per item.
+        clusters: prompt of each item, same length.
+    Raises:
+        ValueError: as ``mean_with_interval``.
+    """
+    items = np.asarray(values, dtype=np.float64)
+    if len(items) == 0 or len(items) != len(clusters):
+        raise ValueError(f"an estimate needs items and a cluster for each, got {len(items)} and {len(clusters)}")
+    group = _codes(clusters)
+    means = np.bincount(group, weights=items) / np.bincount(group)
+    return replace(mean_with_interval(means.tolist(), range(len(means))), n=len(items))
+
+
+def clustered_wilson(values: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
+    """Share of items that are 1, with the Wilson interval of as many independent items as the clusters are worth.
+
+        n_eff = p(1 − p)/SE²        with the CR1 standard error of ``clustered_stderr``
+
+    Unlike a t interval it stays in [0, 1]. Where all items agree, n_eff is the number of prompts.
+
+    Args:
+        values: 0 or 1, one per item.
+        clusters: prompt of each item, same length.
+    Raises:
+        ValueError: as ``mean_with_interval``, or on a value other than 0 and 1.
+    """
+    estimate = mean_with_interval(values, clusters)
+    if not np.isin(np.asarray(values), (0.0, 1.0)).all():
+        raise ValueError("a Wilson interval is for items that are 0 or 1; use mean_with_interval where there are ties")
+    p, effective = estimate.value, float(estimate.clusters)
+    if 0 < p < 1 and estimate.clusters > 1 and estimate.stderr > 0:
+        effective = p * (1 - p) / estimate.stderr**2
+    elif 0 < p < 1:
+        return replace(estimate, interval="wilson-clustered")  # one prompt, or prompts exactly alike: spread unknown
+    low, high = _wilson(p, effective, Z95)
+    return replace(estimate, low=low, high=high, interval="wilson-clustered")
 
 
 FLOAT32_SUM = 1e-6

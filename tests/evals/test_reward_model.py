@@ -21,20 +21,19 @@ from sklearn.linear_model import LogisticRegression
 from align.train import main
 from data.preparation import Split
 from data.store import Ragged, TokenTable
+from evals.bootstrap import DRAWS, bootstrapped
 from evals.card import CardInfo, write_card
 from evals.held_out import MOST_GROUPS, HeldOut
 from evals.metrics import METRICS
 from evals.report import write_report
 from evals.results import Result, Results
 from evals.reward_model import (
-    DRAWS,
     HIGHEST,
     LOWEST,
     WHOLE,
     Pairs,
     Ratings,
     apart,
-    bootstrapped,
     calibration_error,
     measure,
     of_pairs,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from objectives.stats import Z95, beats, clustered_stderr, mean_with_interval, wilson
+from objectives.stats import Z95, beats, clustered_stderr, clustered_wilson, macro_mean, mean_with_interval, wilson
 
 SIX_PLACES = {"abs": 5.1e-7}  # numbers written with six places
 ROUNDING = {"rel": 1e-12, "abs": 1e-15}  # the same float64 arithmetic in another order
@@ -190,3 +190,57 @@ def test_wilson_intervals_cover():
         estimate = mean_with_interval(items.tolist(), range(100))
         covered += estimate.low <= share <= estimate.high
     assert 0.94 <= covered / trials <= 0.96
+
+
+# ---- mean over prompts ----
+
+
+def test_macro_mean():
+    """Prompt means 2/3, 0, 1, 1: mean 2/3; sd 0.471405, over √4 = 0.235702."""
+    estimate = macro_mean(SCORES, CLUSTERS)
+    assert estimate.value == pytest.approx(0.666667, **SIX_PLACES)
+    assert estimate.stderr == pytest.approx(0.235702, **SIX_PLACES)
+    assert (estimate.n, estimate.clusters, estimate.interval) == (10, 4, "clustered-t")
+
+
+@given(values=st.lists(st.floats(-100, 100), min_size=2, max_size=30))
+def test_macro_and_micro_are_one_where_prompts_are_equally_large(values: list[float]):
+    doubled, prompts = [*values, *values[::-1]], [*range(len(values)), *range(len(values))[::-1]]
+    macro, micro = macro_mean(doubled, prompts), mean_with_interval(doubled, prompts)
+    assert macro.value == pytest.approx(micro.value, rel=1e-9, abs=1e-9)
+    assert macro.stderr == pytest.approx(micro.stderr, rel=1e-9, abs=1e-9)
+
+
+def test_macro_mean_of_one_answer_per_prompt_is_a_proportion():
+    assert macro_mean([1.0] * 45 + [0.0] * 15, range(60)).interval == "wilson"
+    with pytest.raises(ValueError, match="got 2 and 1"):
+        macro_mean([1.0, 0.0], ["a"])
+    with pytest.raises(ValueError, match="not finite"):
+        macro_mean([1.0, math.nan], ["a", "b"])
+
+
+def test_clustered_wilson_is_that_of_independent_items():
+    """60 items in clusters of one: n_eff = p(1−p)/SE² = n − 1, since sd has n − 1 in it."""
+    estimate = clustered_wilson([1.0] * 45 + [0.0] * 15, range(60))
+    assert (estimate.low, estimate.high) == (
+        pytest.approx(wilson(45 / 60 * 59, 59)[0], **ROUNDING),
+        pytest.approx(wilson(45 / 60 * 59, 59)[1], **ROUNDING),
+    )
+
+
+def test_clustered_wilson_by_hand():
+    """p = 0.7 and SE = 0.216025: n_eff = 0.21/0.0466667 = 4.5, and it stays in [0, 1] where t reaches 1.39."""
+    estimate = clustered_wilson(SCORES, CLUSTERS)
+    z, n, p = Z95, 4.5, 0.7
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    assert (estimate.low, estimate.high) == (pytest.approx(centre - half), pytest.approx(centre + half))
+    assert mean_with_interval(SCORES, CLUSTERS).high > 1.3
+
+
+def test_clustered_wilson_where_all_agree_counts_prompts():
+    estimate = clustered_wilson([0.0] * 6, list("aabbcc"))
+    assert (estimate.low, estimate.high) == wilson(0, 3)
+    assert math.isnan(clustered_wilson([0.0, 1.0], ["a", "a"]).low)
+    with pytest.raises(ValueError, match="0 or 1"):
+        clustered_wilson([0.5, 1.0], ["a", "b"])
