@@ -235,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tell(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        tell("stopped; the same command goes on from here")
+        tell("stopped; what was sampled and scored is kept (chains of qalign are not)")
         return 130
     return 0
 

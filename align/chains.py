@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,6 +26,10 @@ from objectives.checks import require
 from objectives.reward_transforms import RewardTransform
 
 Say = Callable[[str], None]
+LIMIT = 40.0
+"""Scores beyond ± this count as it, as in the authors' code."""
+EVERY = 20.0
+"""Seconds between two lines about progress."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +84,8 @@ def run_chains(
         )
     if transforms:
         raise RecipeError("reward_transforms compare responses to a prompt, and qalign looks at one; leave them out")
+    if job.serving.data_parallel_size > 1:
+        raise RecipeError("serving.data_parallel_size has no effect with strategy qalign, whose chains go side by side")
     if how.final == "vote" and not any(getattr(entry.built, "answers", False) for entry in scorers):
         raise RecipeError("strategy qalign with final vote needs a scorer that finds answers (math, regex, …); or mbr")
     run = _Run(job, scorers, say)
@@ -102,20 +109,24 @@ class _Run:
         if job.model.adapter_name_or_path is not None:
             adapter = read_adapter(job.model.adapter_name_or_path)
             refuse_other_base(adapter, job.model.model_name_or_path)
-        self.length = job.serving.max_model_len or models.context_length(config) or 4096
+        self.ends = end_tokens(job.model.model_name_or_path, self.tokenizer)
+        served = sampling_command.connected(job, self.tokenizer) if job.serving.chosen == "server" else None
+        fingerprint = sampling_command.fingerprint_of(job, adapter, served)
+        self.length = sampling_command.longest(job, models.context_length(config), served)
         self.prompts: list[Prompt] = []
         self.ids: list[list[int]] = []
         self.before: list[list[int]] = []
         self._encode()
-        self.ends = end_tokens(job.model.model_name_or_path, self.tokenizer)
-        if job.serving.chosen == "server":
-            self.sampler: Any = sampling_command.connected(job, self.tokenizer)
-        else:
-            self.sampler = sampling_command.started(job, self.tokenizer, adapter, self.length, say)
+        self.sampler: Any = served or sampling_command.started(job, self.tokenizer, adapter, self.length, say)
         self.origin = Origin(
-            engine=self.sampler.engine, model=job.model.model_name_or_path, fingerprint="", template="", sampling={}
+            engine=self.sampler.engine,
+            model=job.model.model_name_or_path,
+            fingerprint=fingerprint,
+            template="",
+            sampling={},
         )
-        self.asked = 0
+        self.asked = self.unscored = 0
+        self.told = time.monotonic()
         self.known: dict[tuple[int, tuple[int, ...]], SampleScore] = {}
 
     def _encode(self) -> None:
@@ -154,7 +165,10 @@ class _Run:
             t_max=self.job.sampling.max_tokens,
             seed=self.job.sampling.seed,
             burn_in=how.burn_in,
+            reward_limit=LIMIT,
         )
+        if self.unscored:
+            self.say(f"{self.unscored} responses have no score: chains leave them as soon as they can")
         rates = [chain.acceptance_rate for chains in done for chain in chains]
         tokens = sum(chain.tokens for chains in done for chain in chains)
         self.say(
@@ -171,6 +185,9 @@ class _Run:
             self.asked += 1
             seed = spread(self.job.sampling.seed, self.asked)
             requests.append(Request(number=number, prompt=(*prompt, *kept), n=1, max_tokens=most, seed=seed))
+        if time.monotonic() - self.told >= EVERY:
+            self.told = time.monotonic()
+            self.say(f"{self.asked // len(asked) - 1} steps of every chain are done")
         found: dict[int, list[Drawn]] = dict(self.sampler.draw(requests, self.job.sampling))
         return [list(found[number][0].token_ids) for number in range(len(asked))]
 
@@ -179,11 +196,14 @@ class _Run:
         keys = [(number, tuple(ids)) for number, ids in responses]
         new = [key for key in dict.fromkeys(keys) if key not in self.known]
         for key, (score,) in zip(new, self.scoring([self._group(*key) for key in new]), strict=True):
-            if score.score is None:
-                why = "; ".join(score.reasons.values()) or "no reason given"
-                raise RunError(f"qalign needs a score for every response, and one to prompt {key[0]} has none: {why}")
             self.known[key] = score
-        return [float(self.known[key].score or 0.0) for key in keys]
+            self.unscored += score.score is None
+        return [self._reward(key) for key in keys]
+
+    def _reward(self, key: tuple[int, tuple[int, ...]]) -> float:
+        """The score; the lowest that a chain can have where there is none, so that such states are left at once."""
+        score = self.known[key].score
+        return -LIMIT if score is None else score
 
     def _group(self, number: int, ids: tuple[int, ...]) -> Group:
         prompt = self.prompts[number]
@@ -209,7 +229,7 @@ class _Run:
             choice = vote(chains, lambda prompt, state: self.known[prompt, state].answer)
         else:
             best = minimum_bayes_risk(states)
-            reward = float(self.known[number, states[best]].score or 0.0)
+            reward = self._reward((number, states[best]))
             pick = Pick(answer=None, index=best, count=states.count(states[best]), mean_reward=reward)
             choice = Choice(picks=(pick,), n_survivors=len(set(states)))
         samples = tuple(sample for state in states for sample in self._group(number, state).samples)

@@ -27,6 +27,7 @@ def combine(
     prompt: Text = "",
     responses: Sequence[str] | None = None,
     gold: str | None = None,
+    mean_logps: Sequence[float | None] | None = None,
     encoders: Mapping[str, Embed] | None = None,
 ) -> list[float | None]:
     """One score for each response to a prompt.
@@ -43,6 +44,7 @@ def combine(
         prompt: what was asked.
         responses: their texts, which some transforms read.
         gold: a response known to be right.
+        mean_logps: of a token of each response, under the policy that drew it, in nats.
         encoders: sentence encoders by the name that transforms ask for.
     Returns:
         None where a reward that counts is missing.
@@ -50,7 +52,8 @@ def combine(
         ValueError: a transform does not fit these rewards, or no reward has a weight other than 0.
         RunError: a score is not finite.
     """
-    answers, places = answers_of(rewards, weights, prompt=prompt, responses=responses, gold=gold, encoders=encoders)
+    what = {"prompt": prompt, "responses": responses, "gold": gold, "mean_logps": mean_logps, "encoders": encoders}
+    answers, places = answers_of(rewards, weights, **what)  # type: ignore[arg-type]
     found: list[float | None] = [None] * len(next(iter(rewards.values())))
     if answers is None:
         return found
@@ -72,6 +75,7 @@ def answers_of(
     prompt: Text,
     responses: Sequence[str] | None,
     gold: str | None = None,
+    mean_logps: Sequence[float | None] | None = None,
     encoders: Mapping[str, Embed] | None = None,
 ) -> tuple[Answers | None, list[int]]:
     """What transforms see of a prompt's responses, and which responses these are: those with all rewards that count."""
@@ -83,12 +87,14 @@ def answers_of(
     if not places:
         return None, []
     texts = [""] * len(columns[0]) if responses is None else responses
+    known = [logp for i in places if mean_logps is not None and (logp := mean_logps[i]) is not None]
     answers = Answers(
         prompt=asked(prompt),
         responses=[plain(texts[i]) for i in places],
         scores=np.array([[column[i] for column in columns] for i in places], dtype=np.float64),
         names=tuple(names),
         gold=gold,
+        mean_logps=None if not known or len(known) < len(places) else np.array(known, dtype=np.float64),
         encoders=encoders or {},
     )
     return answers, places
@@ -117,7 +123,12 @@ class Combiner:
         """
         found: list[list[float | None]] = []
         given: list[dict[str, Any]] = [
-            {"prompt": group.prompt, "responses": [sample.text for sample in group.samples], "gold": _gold(group)}
+            {
+                "prompt": group.prompt,
+                "responses": [sample.text for sample in group.samples],
+                "gold": _gold(group),
+                "mean_logps": [sample.mean_logp for sample in group.samples],
+            }
             for group in groups
         ]
         for name, encoder in self.encoders.items():

@@ -75,7 +75,7 @@ class PairsSection:
 
     def __post_init__(self) -> None:
         against = self.kind in ("xpo", "nash_md")
-        if against != (self.opponent is not None and self.opponent_scores is not None):
+        if {against} != {self.opponent is not None, self.opponent_scores is not None}:
             raise ValueError("kinds xpo and nash_md need opponent and opponent_scores, and no other kind has them")
         if self.kind == "scored" or against:
             own = {"rule": "best_vs_worst", "threshold": None, "margin": 0.0, "max_length_ratio": None}
@@ -156,19 +156,20 @@ def make_rows(scored: Iterable[tuple[Group, Sequence[SampleScore]]], how: PairsS
 
 
 def _usable(
-    group: Group, scores: Sequence[SampleScore], how: PairsSection, counts: Counter[str]
+    group: Group, scores: Sequence[SampleScore], how: PairsSection, counts: Counter[str], *, repeated: bool = False
 ) -> list[tuple[Sample, SampleScore]]:
-    kept: dict[str, tuple[Sample, SampleScore]] = {}
+    """Samples that rows can be made of, each text once unless repetitions are to count."""
+    kept: dict[Any, tuple[Sample, SampleScore]] = {}
     for sample, score in zip(group.samples, scores, strict=True):
         counts["samples"] += 1
         if sample.finish_reason == "length" and not how.keep_unfinished:
             counts["unfinished"] += 1
         elif score.score is None or not sample.text.strip():
             counts["without_score"] += 1
-        elif sample.text in kept:
+        elif sample.text in kept and not repeated:
             counts["repeated"] += 1
         else:
-            kept[sample.text] = (sample, score)
+            kept[sample.index if repeated else sample.text] = (sample, score)
     return list(kept.values())
 
 
@@ -198,15 +199,15 @@ def _plain(text: Text) -> Any:
 
 
 def _list(group: Group, kept: Sequence[tuple[Sample, SampleScore]], gold: str | None) -> dict[str, Any]:
-    """All responses with all scores, best first; where several scorers had a say, each one's is there too."""
+    """All responses with their scores, best first; where several scorers had a say, what each one said is there too."""
     responses = []
     several = all(len(score.scores) > 1 and None not in score.scores.values() for _, score in kept)
     for sample, score in sorted(kept, key=lambda pair: -_score(pair[1])):
         entry: dict[str, Any] = {"text": sample.text, "score": score.score}
         if several:
-            entry["scores"] = dict(score.scores)
-        if sample.logprob is not None and sample.token_ids:
-            entry["mean_logp"] = sample.logprob / len(sample.token_ids)
+            entry["scorers"] = dict(score.scores)  # for people: a recipe's transforms see the combined score
+        if sample.mean_logp is not None:
+            entry["mean_logp"] = sample.mean_logp
         responses.append(entry)
     row = {"prompt": _plain(group.prompt), "responses": responses}
     if gold is not None:
@@ -246,13 +247,18 @@ def against(
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     others: dict[str, list[tuple[Sample, SampleScore]]] = {}
+    of_opponent: Counter[str] = Counter()
     for group, scores in opponent:
-        others[group.prompt_id] = _usable(group, scores, how, Counter())
+        others[group.prompt_id] = _usable(group, scores, how, of_opponent, repeated=True)
+    counts.update({f"opponent_{key}": number for key, number in of_opponent.items() if key != "samples"})
     rows: list[dict[str, Any]] = []
     for group, scores in scored:
         counts["prompts"] += 1
-        met = list(zip(_usable(group, scores, how, counts), others.get(group.prompt_id, ()), strict=False))
-        made = [row for (own, mine), (other, theirs) in met if (row := _against(group, own, mine, other, theirs, how))]
+        # Repetitions count: rows stand for draws of the two policies.
+        mine, theirs = _usable(group, scores, how, counts, repeated=True), others.get(group.prompt_id, [])
+        counts["unpaired"] += abs(len(mine) - len(theirs))
+        met = list(zip(mine, theirs, strict=False))
+        made = [row for (a, x), (b, y) in met if (row := _against(group, a, x, b, y, how))]
         rows += made
         if not made:
             reasons["no pair with a usable response of the opponent" if not met else "equal scores or texts"] += 1
@@ -297,6 +303,9 @@ def run(how: PairsSection, say: Callable[[str], None] = print) -> Path:
         ("repeated", "samples repeat another one's text"),
         ("unfinished", "samples did not end within the limit of tokens (keep_unfinished takes them)"),
         ("without_score", "samples have no score or no text"),
+        ("opponent_unfinished", "of the opponent's samples did not end within the limit of tokens"),
+        ("opponent_without_score", "of the opponent's samples have no score or no text"),
+        ("unpaired", "samples have none of the other side's to be compared with"),
     ):
         if counts.get(key):
             say(f"  {counts[key]} {what}")

@@ -7,13 +7,12 @@ nothing of each other do the same.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,15 +27,13 @@ if TYPE_CHECKING:
     from align.sample_settings import Job
 
 
-def in_parallel(job: Job, output: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def in_parallel(job: Job, output: Path, say: Callable[[str], None]) -> None:
     """Draws with ``serving.data_parallel_size`` processes, each into a file of its own, and joins what they wrote.
 
     Args:
         job: the settings; the part of each process is a shard of them.
         output: gets every sample. Files of a run that was interrupted are gone on with.
         say: told what the processes say at the end.
-    Returns:
-        Counts for the report.
     Raises:
         RunError: a process failed; the others' samples are kept.
     """
@@ -44,8 +41,7 @@ def in_parallel(job: Job, output: Path, say: Callable[[str], None]) -> dict[str,
     if job.out.shard is not None:
         raise RunError("serving.data_parallel_size and out.shard both divide the prompts; give one of them")
     parts = [output.with_name(f".{output.name}.part-{i}-of-{copies}.jsonl") for i in range(copies)]
-    finished: Counter[str] = Counter()
-    report: dict[str, Any] = {"samples": 0, "tokens": 0, "seconds": 0.0, "too_long": []}
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         running = []
         for i, part in enumerate(parts):
@@ -54,6 +50,7 @@ def in_parallel(job: Job, output: Path, say: Callable[[str], None]) -> dict[str,
             command = [sys.executable, "-m", "align.sample", "--config", str(config)]
             log = (Path(temporary) / f"{i}.log").open("w+")
             running.append((subprocess.Popen(command, env=_devices(job, i), stdout=log, stderr=log), log))
+        before = signal.signal(signal.SIGTERM, _interrupt)
         try:
             statuses = [process.wait() for process, _ in running]
         except BaseException:
@@ -62,6 +59,8 @@ def in_parallel(job: Job, output: Path, say: Callable[[str], None]) -> dict[str,
             for process, _ in running:
                 process.wait()
             raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
         for i, (status, (_, log)) in enumerate(zip(statuses, running, strict=True)):
             log.seek(0)
             said = log.read().strip().splitlines()
@@ -74,16 +73,15 @@ def in_parallel(job: Job, output: Path, say: Callable[[str], None]) -> dict[str,
                 )
     for part in parts:
         _join(part, output, job.sampling.n)
-        own = json.loads(_report_of(part).read_text())
-        for key in ("samples", "tokens", "too_long"):
-            report[key] += own.get(key, type(report[key])())
-        report["seconds"] = max(report["seconds"], own.get("seconds", 0.0))
-        finished.update(own.get("finish_reasons", {}))
         for leftover in (part, _report_of(part), part.with_name(f".{part.name}.lock")):
             leftover.unlink(missing_ok=True)
-    speed = report["tokens"] / report["seconds"] if report["seconds"] else 0.0
-    say(f"{report['samples']} samples, {report['tokens']} tokens, {speed:,.0f} tokens/s with {copies} copies")
-    return {**report, "finish_reasons": dict(finished)}
+    seconds = time.perf_counter() - began
+    tokens = sum(len(each.token_ids) for group in stored.read(output) for each in group.samples)
+    say(f"{tokens} tokens with {copies} copies in {seconds:.0f} s, their start included")
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt  # which ends the copies too
 
 
 def _part(job: Job, output: Path, number: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -103,7 +104,7 @@ def read_prompts(section: PromptSection) -> Prompts:
             result.repeated += 1
             continue
         seen.add(key)
-        columns = {column: raw.get(column) for column in section.keep}
+        columns = {column: _kept(raw.get(column), column, name, index) for column in section.keep}
         result.found.append(Prompt(id=key, text=prompt, row=index, columns=columns))
     if not result.found:
         reason, rows = next(iter(result.problems.items()))
@@ -141,6 +142,17 @@ def _alone(row: Any, raw: Any, *, as_chat: bool) -> tuple[Text, Mapping[str, Any
         return (string_to_chat(draft) if as_chat else draft).prompt, raw
     except RowError as error:
         return str(error)
+
+
+def _kept(value: Any, column: str, source: str, row: int) -> Any:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        raise DataError(
+            f"{source}, row {row}: data.keep names the column {column!r}, and a {type(value).__name__} like this one "
+            "can't be written as JSON; leave it out, or turn it into text or a finite number"
+        ) from None
+    return value
 
 
 def _check_keep(section: PromptSection, head: Sequence[Any]) -> None:

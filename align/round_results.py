@@ -44,7 +44,8 @@ class Evaluation:
     def gain(self, start: Evaluation) -> Estimate:
         """How much higher than at the start, over prompts that both have."""
         common = [key for key in self.per_prompt if key in start.per_prompt]
-        return mean_with_interval([self.per_prompt[key] - start.per_prompt[key] for key in common], common)
+        changes = [self.per_prompt[key] - start.per_prompt[key] for key in common]
+        return mean_with_interval(changes, common, shares=False)
 
     def line(self, start: Evaluation) -> str:
         """In a few words."""
@@ -100,8 +101,9 @@ def evaluate(samples: Path, scores: Path, number: int) -> Evaluation:
 
 def _pass_at(named: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, float]:
     for lists in named.values():
-        if {value for each in lists for value in each} <= {0.0, 1.0}:
-            most = min(len(each) for each in lists)
+        values = {value for each in lists for value in each}
+        most = min(map(len, lists))
+        if values and values <= {0.0, 1.0} and most:
             ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k <= most]
             return {str(k): float(np.mean([pass_at_k(len(each), int(sum(each)), k) for each in lists])) for k in ks}
     return {}

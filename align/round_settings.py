@@ -21,6 +21,7 @@ from align.recipe import Recipe, read_recipe
 from align.sample_settings import SampledModel
 from align.samplers import ServingSection
 from align.sampling import Sampling
+from align.saving import MAY_DIFFER
 from align.scores import SCORERS
 from align.typed import Entry
 from objectives import REWARD_TRANSFORMS
@@ -79,8 +80,10 @@ class HeldOutSection:
 
     dataset_name: str
     """Prompts that are never trained on."""
+    dataset_config: str | None = None
+    """Name of its configuration on the Hub."""
     split: str = "train"
-    """Which split; of a single file, all of it."""
+    """Which split; of a single file, all of it. Columns and format are those of data."""
     n: int = 4
     """Samples of each prompt, with the same seed after every round."""
     max_rows: int | None = None
@@ -151,11 +154,12 @@ class Rounds:
 
     def resolved(self) -> dict[str, Any]:
         """Everything that the rounds' numbers depend on."""
-        names = ("model", "data", "held_out", "sampling", "serving", "rows")
+        names = ("model", "data", "held_out", "sampling", "rows")
         plain: dict[str, Any] = {name: dataclasses.asdict(getattr(self, name)) for name in names}
+        elsewhere = ("output_dir", "recipe", "overrides")  # the recipe that they make stands below
         return {
             **plain,
-            "run": {key: v for key, v in dataclasses.asdict(self.section).items() if key != "output_dir"},
+            "run": {key: v for key, v in dataclasses.asdict(self.section).items() if key not in elsewhere},
             "scorers": [settings.resolved(entry) for entry in self.scorers],
             "reward_transforms": [settings.resolved(entry) for entry in self.reward_transforms],
             "recipe": self._recipe(),
@@ -163,7 +167,9 @@ class Rounds:
 
     def _recipe(self) -> dict[str, Any]:
         resolved = self.recipe.resolved()
-        resolved["train"] = {key: value for key, value in resolved["train"].items() if key != "output_dir"}
+        free = MAY_DIFFER["train"]
+        resolved["train"] = {key: value for key, value in resolved["train"].items() if key not in free}
+        resolved.pop("hub", None)
         resolved["data"] = _without_rows(resolved["data"])
         return {key: value for key, value in resolved.items() if key != "model"}
 
@@ -171,17 +177,27 @@ class Rounds:
 
     def sample_tree(self, model: str, adapter: str | None, *, held_out: bool) -> dict[str, Any]:
         """Settings of ``python -m align.sample``."""
-        data = dataclasses.asdict(self.data)
-        if held_out:
-            data |= {"dataset_name": self.held_out.dataset_name, "split": self.held_out.split}
-            data["max_rows"] = self.held_out.max_rows
+        data = dataclasses.asdict(self.held_out_prompts() if held_out else self.data)
         section = dataclasses.asdict(self.model) | {"model_name_or_path": model, "adapter_name_or_path": adapter}
+        if model != self.model.model_name_or_path:
+            section["model_revision"] = "main"  # a folder of ours
         return {
             "model": section,
             "data": data,
             "sampling": dataclasses.asdict(self.sampling),
             "serving": dataclasses.asdict(self.serving),
         }
+
+    def held_out_prompts(self) -> PromptSection:
+        """Prompts that rounds are judged by, read as the others are."""
+        own = self.held_out
+        return dataclasses.replace(
+            self.data,
+            dataset_name=own.dataset_name,
+            dataset_config=own.dataset_config,
+            split=own.split,
+            max_rows=own.max_rows,
+        )
 
     def sampling_words(self, number: int, *, opponent: bool = False) -> list[str]:
         """What differs from round to round: the seed, and with fresh prompts the part of them."""
@@ -194,10 +210,15 @@ class Rounds:
         """The same after every round."""
         return [f"--sampling.n={self.held_out.n}", f"--sampling.seed={self.sampling.seed}"]
 
-    def scores_tree(self) -> dict[str, Any]:
-        """Settings of ``python -m align.scores``."""
+    def scores_tree(self, *, transformed: bool) -> dict[str, Any]:
+        """Settings of ``python -m align.scores``.
+
+        Args:
+            transformed: whether reward transforms act. They compare the responses to a prompt, so that rounds can't be
+                judged by what they make of scores.
+        """
         tree: dict[str, Any] = {"scorers": [settings.resolved(entry) for entry in self.scorers]}
-        if self.reward_transforms:
+        if self.reward_transforms and transformed:
             tree["reward_transforms"] = [
                 {key: v for key, v in settings.resolved(entry).items() if key != "weight"}
                 for entry in self.reward_transforms
@@ -239,7 +260,7 @@ def read_rounds(config: str | None, words: Sequence[str]) -> Rounds:
         if key.split(".")[-1] in (*ROWS_KEYS, "output_dir", "model_name_or_path", "adapter_name_or_path"):
             raise RecipeError(f"run.overrides: {key} is set by the rounds; leave it out")
     tree = _tree(section.recipe)
-    tree["model"] = {**tree.get("model", {}), "model_name_or_path": model.model_name_or_path}
+    tree["model"] = {**tree.get("model", {}), **_model_keys(model, model.model_name_or_path)}
     tree["data"] = {**_without_rows(tree.get("data")), "dataset_name": "rows of a round"}
     tree["train"] = {**tree.get("train", {}), "output_dir": section.output_dir}
     recipe = _read(tree, section.overrides, section.recipe)
@@ -258,7 +279,16 @@ def read_rounds(config: str | None, words: Sequence[str]) -> Rounds:
     if section.reference == "initial" and not recipe.needs_reference:
         names = ", ".join(entry.name for entry in recipe.objectives)
         raise RecipeError(f"run.reference has no effect: {names} needs no reference model; remove it")
-    return Rounds(section=section, recipe=recipe, **found)
+    rounds = Rounds(section=section, recipe=recipe, **found)
+    if rounds.serving.engine == "server":
+        raise RecipeError("serving.engine server serves one policy, and every round samples another; use vllm or auto")
+    if rounds.reward_transforms and section.opponent == "reference":
+        raise RecipeError("reward_transforms change scores per prompt, and the opponent's apart; leave them out")
+    try:
+        PairsSection(**rounds.pairs_tree(Path("round"))["pairs"])
+    except ValueError as error:
+        raise RecipeError(f"rows: {error}") from None
+    return rounds
 
 
 def training_tree(
@@ -275,7 +305,7 @@ def training_tree(
         initial: the weights that the first round started from.
     """
     tree = rounds.recipe.resolved()
-    tree["model"] = {**tree["model"], "model_name_or_path": model}
+    tree["model"] = {**tree["model"], **_model_keys(rounds.model, model)}
     tree["data"] = _without_rows(tree["data"])
     own = str(folder / "train.jsonl")
     section = rounds.section
@@ -293,6 +323,24 @@ def training_tree(
             reference = "base" if adapter is not None else initial
         tree["reference"] = {**tree.get("reference", {}), "model": reference}
     return tree
+
+
+def _model_keys(section: SampledModel, model: str) -> dict[str, Any]:
+    """What a policy is trained with as it is sampled with: tokenizer, end token, template.
+
+    Args:
+        section: of the rounds.
+        model: its weights now: those that the section names, or a folder of ours.
+    """
+    keys = {
+        "tokenizer_name_or_path": section.tokenizer_name_or_path,
+        "eos_token": section.eos_token,
+        "chat_template": section.chat_template,
+        "trust_remote_code": section.trust_remote_code,
+    }
+    revision = section.model_revision if model == section.model_name_or_path else "main"
+    named = {"model_name_or_path": model, "model_revision": revision}
+    return {**named, **{key: value for key, value in keys.items() if value}}
 
 
 def _tree(path: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from align import settings
 from align.console import tell
 from align.errors import RecipeError, RunError
 from align.fingerprints import joined, weights_on_disk
+from align.prompts import read_prompts
 from align.round_results import Evaluation, evaluate, table
 from align.round_settings import SCHEMA, Rounds, read_rounds, training_tree
 from align.saving import STARTED
@@ -39,12 +40,13 @@ Say = Callable[[str], None]
 class _Policy:
     """Where the weights of a round are: a model, or an adapter on one."""
 
-    def __init__(self, model: str, adapter: str | None) -> None:
-        self.model, self.adapter = model, adapter
+    def __init__(self, model: str, adapter: str | None, revision: str = "main") -> None:
+        self.model, self.adapter, self.revision = model, adapter, revision
 
     def fingerprint(self) -> str:
         """As samples carry it."""
-        return joined(weights_on_disk(self.model), None if self.adapter is None else weights_on_disk(self.adapter))
+        base = weights_on_disk(self.model, self.revision)
+        return joined(base, None if self.adapter is None else weights_on_disk(self.adapter))
 
     @property
     def folder(self) -> str:
@@ -103,7 +105,9 @@ class Runner:
                 was = self.state["settings"]
             except (ValueError, KeyError, TypeError):
                 raise RunError(f"{path} is damaged; restore it, or take another output_dir") from None
-            free = ("rounds", "patience", "least_gain")
+            free = ["patience", "least_gain", "accelerate_config"]
+            if not self.rounds.section.fresh_prompts:  # which divide the prompts by the number of rounds
+                free.append("rounds")
             differing = [
                 f"{section}.{key}"
                 for section in {*was, *wanted}
@@ -120,8 +124,18 @@ class Runner:
             others = [each.name for each in self.root.iterdir() if each.name.startswith("round-")]
             if others:
                 raise RunError(f"{self.root} holds {others[0]} and no {STATE}; take another output_dir")
+            self._compare_prompts()
             self.state = {"settings": wanted, "done": {}}
             self._note()
+
+    def _compare_prompts(self) -> None:
+        """Refuses to judge rounds by the prompts that they train on."""
+        judged = {prompt.id for prompt in read_prompts(self.rounds.held_out_prompts()).found}
+        shared = sum(prompt.id in judged for prompt in read_prompts(self.rounds.data).found)
+        if shared == len(judged):
+            raise RecipeError("every prompt of held_out is also trained on; name other prompts, or another split")
+        if shared:
+            self.say(f"warning: {shared} of {len(judged)} held-out prompts are also trained on")
 
     def _note(self) -> None:
         write_atomically(self.root / STATE, json.dumps(self.state, indent=1) + "\n")
@@ -143,10 +157,10 @@ class Runner:
         """The policy after a round; 0 is the one that everything starts from."""
         model = self.rounds.model
         if number == 0:
-            return _Policy(model.model_name_or_path, model.adapter_name_or_path)
+            return _Policy(model.model_name_or_path, model.adapter_name_or_path, model.model_revision)
         folder = str(self.root / f"round-{number}" / "train")
         if self.rounds.trains_adapter:
-            return _Policy(model.model_name_or_path, folder)
+            return _Policy(model.model_name_or_path, folder, model.model_revision)
         return _Policy(folder, None)
 
     def _checked(self, number: int) -> _Policy:
@@ -225,24 +239,27 @@ class Runner:
             )
 
     def _score(self, folder: Path, number: int, name: str) -> None:
-        config = folder / "scores.yaml"
-        config.write_text(yaml.safe_dump(self.rounds.scores_tree(), allow_unicode=True))
+        config = folder / f"{name}.scores.yaml"
+        tree = self.rounds.scores_tree(transformed=name == "samples")
+        config.write_text(yaml.safe_dump(tree, allow_unicode=True))
         files = [f"--samples={folder / f'{name}.jsonl'}", f"--output={folder / f'{name}.scores.jsonl'}"]
         self._command(folder, number, f"{name}.scores", ["-m", "align.scores", "--config", str(config), *files])
 
     def _command(self, folder: Path, number: int, name: str, words: Sequence[str]) -> None:
         """Runs a stage's process, with what it says in a log; the first error that it tells becomes ours."""
         log = folder / f"{name}.log"
+        start = log.stat().st_size if log.exists() else 0
         self.say(f"round {number}: {name}")
         with log.open("a") as file:
             process = subprocess.Popen([sys.executable, *words], stdout=file, stderr=subprocess.STDOUT)
             with _ended_together(process):
                 status = process.wait()
         if status:
-            lines = log.read_text(errors="replace").splitlines()
+            lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
             told = [line.split("error: ", 1)[1] for line in lines if "error: " in line and "Traceback" not in line]
+            how = f"ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
             raise RunError(
-                f"round {number}, {name}: {told[-1] if told else f'ended with status {status}'} (log: {log}); what is "
+                f"round {number}, {name}: {told[-1] if told else how} (log: {log}); what is "
                 "finished is kept, and the same command goes on"
             )
 

@@ -15,7 +15,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,11 @@ from align.samples import Origin, Sample
 from align.sampling import Drawn, Request, decoded, encoded, spread, without_end
 from align.server_sampler import ServerSampler
 from data.errors import DataError
+from data.files import write_atomically
 
 Say = Callable[[str], None]
+EVERY = 20.0
+"""Seconds between two lines about progress where there is no terminal."""
 
 
 def run(job: Job, say: Say = print, sampler: Sampler | None = None) -> Path:
@@ -63,35 +66,42 @@ def run(job: Job, say: Say = print, sampler: Sampler | None = None) -> Path:
     _tell_prompts(prompts, say)
     with _alone(output):
         if job.out.overwrite:
-            output.unlink(missing_ok=True)
-        done = stored.repair(output, n)
+            for path in (output, *output.parent.glob(f".{output.name}.part-*")):
+                path.unlink(missing_ok=True)
         served = connected(job, tokenizer) if job.serving.chosen == "server" and sampler is None else None
         origin = Origin(
             engine="",
             model=job.model.adapter_name_or_path or job.model.model_name_or_path,
-            fingerprint=_fingerprint(job, adapter, served),
+            fingerprint=fingerprint_of(job, adapter, served),
             template=template_fingerprint(tokenizer),
             sampling=job.sampling.described() | ({} if job.goal is None else {"goal": dataclasses.asdict(job.goal)}),
         )
         _refuse_others(output, origin)
-        missing = [prompt for prompt in prompts.found if prompt.id not in done]
+        done = stored.repair(output, n)
+        length = longest(job, models.context_length(config), served)
+        asked, too_long = _asked(job, tokenizer, [each for each in prompts.found if each.id not in done], length)
         if done:
-            say(f"{output}: {len(done)} prompts are there already, {len(missing)} are missing")
-        length = _longest(job, models.context_length(config), served)
-        report: dict[str, Any] = {}
-        if missing and job.serving.data_parallel_size > 1 and sampler is None:
+            say(f"{output}: {len(done)} prompts are there already, {len(asked)} are missing")
+        if too_long:
+            say(
+                f"  {len(too_long)} prompts leave no room for a response within {length} tokens, the first in row "
+                f"{too_long[0]}: raise serving.max_model_len if the model can, or shorten them"
+            )
+        if not asked and not done:
+            raise RunError("no prompt leaves room for a response; raise serving.max_model_len, or shorten the prompts")
+        if asked and job.serving.data_parallel_size > 1 and sampler is None:
             from align.parallel_sampling import in_parallel
 
-            report = in_parallel(job, output, say)
-        elif missing:
+            in_parallel(job, output, say)
+        elif asked:
             sampler = sampler or served or started(job, tokenizer, adapter, length, say)
             try:
                 origin = dataclasses.replace(origin, engine=sampler.engine)
-                report = _Drawing(job, sampler, tokenizer, length, origin).draw(missing, output, say)
+                _Drawing(job, sampler, tokenizer, length, origin).draw(asked, output, say)
             finally:
                 sampler.close()
         stored.sort(output, [prompt.id for prompt in prompts.found])
-        _write_report(output, prompts, report)
+        _write_report(output, prompts, too_long)
     return output
 
 
@@ -118,68 +128,67 @@ def started(job: Job, tokenizer: Any, adapter: AdapterInfo | None, length: int, 
     )
 
 
+Asked = tuple[Prompt, list[int], list[int]]
+"""A prompt, its tokens, and those that stand before the response's where it is plain text."""
+
+
+def _asked(job: Job, tokenizer: Any, prompts: Sequence[Prompt], length: int) -> tuple[list[Asked], list[int]]:
+    """Prompts with their tokens, and the rows of those that leave no room for a response."""
+    asked: list[Asked] = []
+    too_long: list[int] = []
+    for prompt in prompts:
+        text = prompt.text if job.goal is None else job.goal.condition(prompt.text)
+        rendered, ids = encoded(text, tokenizer)
+        if len(ids) >= length:
+            too_long.append(prompt.row)
+        else:
+            asked.append((prompt, ids, [] if rendered.chat else ids))
+    return asked, too_long
+
+
 class _Drawing:
     """One pass over the prompts that are missing."""
 
     def __init__(self, job: Job, sampler: Sampler, tokenizer: Any, length: int, origin: Origin) -> None:
         self.job, self.sampler, self.tokenizer = job, sampler, tokenizer
-        self.ends = end_tokens(job.model.model_name_or_path, tokenizer)
         self.length, self.origin = length, origin
-        self.too_long: list[int] = []
-        self.open: dict[int, tuple[Prompt, Request, list[int]]] = {}
-        self.finished: Counter[str] = Counter()
+        self.ends = end_tokens(job.model.model_name_or_path, tokenizer)
 
-    def requests(self, prompts: Sequence[Prompt], bar: Any) -> Iterator[Request]:
-        """Requests, made as they are asked for; prompts without room for a response are left out and counted."""
-        how = self.job.sampling
-        for number, prompt in enumerate(prompts):
-            text = prompt.text if self.job.goal is None else self.job.goal.condition(prompt.text)
-            rendered, ids = encoded(text, self.tokenizer)
-            room = self.length - len(ids)
-            if room < 1:
-                self.too_long.append(prompt.row)
-                bar.update()
-                continue
-            seed = spread(how.seed, int(prompt.id[:8], 16))
-            most = min(how.max_tokens, room)
-            request = Request(number=number, prompt=tuple(ids), n=how.n, max_tokens=most, seed=seed)
-            self.open[number] = (prompt, request, [] if rendered.chat else ids)
-            yield request
-
-    def draw(self, prompts: Sequence[Prompt], output: Path, say: Say) -> dict[str, Any]:
+    def draw(self, asked: Sequence[Asked], output: Path, say: Say) -> None:
         """Draws and writes; says at the end what there was."""
-        tokens, began = 0, time.perf_counter()
-        quiet = not sys.stderr.isatty()
-        with tqdm(total=len(prompts), unit="prompt", disable=quiet, smoothing=0.05) as bar:
-            for number, drawn in self.sampler.draw(self.requests(prompts, bar), self.job.sampling):
-                prompt, request, before = self.open.pop(number)
+        how = self.job.sampling
+        requests = [
+            Request(
+                number=number,
+                prompt=tuple(ids),
+                n=how.n,
+                max_tokens=min(how.max_tokens, self.length - len(ids)),
+                seed=spread(how.seed, int(prompt.id[:8], 16)),
+            )
+            for number, (prompt, ids, _) in enumerate(asked)
+        ]
+        tokens = done = unfinished = 0
+        began = last = time.perf_counter()
+        with tqdm(total=len(asked), unit="prompt", disable=not sys.stderr.isatty(), smoothing=0.05) as bar:
+            for number, drawn in self.sampler.draw(iter(requests), how):
+                prompt, _, before = asked[number]
+                request = requests[number]
                 stored.append(output, [self._sample(prompt, request, i, each, before) for i, each in enumerate(drawn)])
                 tokens += sum(len(each.token_ids) for each in drawn)
-                self.finished.update(each.finish_reason for each in drawn)
-                bar.set_postfix_str(f"{tokens / (time.perf_counter() - began):,.0f} tokens/s", refresh=False)
+                unfinished += sum(each.finish_reason == "length" for each in drawn)
+                done += 1
+                now = time.perf_counter()
+                bar.set_postfix_str(f"{tokens / (now - began):,.0f} tokens/s", refresh=False)
                 bar.update()
+                if bar.disable and now - last >= EVERY:
+                    last = now
+                    left = (now - began) / done * (len(asked) - done)
+                    say(f"{done} of {len(asked)} prompts, {tokens / (now - began):,.0f} tokens/s, {left:.0f} s left")
         seconds = time.perf_counter() - began
-        count = sum(self.finished.values())
-        say(
-            f"{count} samples, {tokens} tokens in {seconds:.1f} s: "
-            f"{tokens / seconds:,.0f} tokens/s ({self.origin.engine})"
-        )
-        if self.finished["length"]:
-            say(f"  {self.finished['length']} reached the limit of tokens")
-        if self.too_long:
-            say(
-                f"  {len(self.too_long)} prompts leave no room for a response within {self.length} tokens, the first "
-                f"in row {self.too_long[0]}: raise serving.max_model_len if the model can, or shorten them"
-            )
-        if not count:
-            raise RunError("no prompt leaves room for a response; raise serving.max_model_len, or shorten the prompts")
-        return {
-            "samples": count,
-            "tokens": tokens,
-            "seconds": seconds,
-            "finish_reasons": dict(self.finished),
-            "too_long": self.too_long,
-        }
+        speed = f"{tokens / seconds:,.0f} tokens/s ({self.origin.engine})"
+        say(f"{done * how.n} samples, {tokens} tokens in {seconds:.1f} s: {speed}")
+        if unfinished:
+            say(f"  {unfinished} reached the limit of tokens")
 
     def _sample(self, prompt: Prompt, request: Request, index: int, drawn: Drawn, before: list[int]) -> Sample:
         ids = without_end(drawn, self.ends)
@@ -219,7 +228,7 @@ def connected(job: Job, tokenizer: Any) -> ServerSampler:
     )
 
 
-def _fingerprint(job: Job, adapter: AdapterInfo | None, served: ServerSampler | None) -> str:
+def fingerprint_of(job: Job, adapter: AdapterInfo | None, served: ServerSampler | None) -> str:
     """Of what is sampled; a server must serve what the settings name.
 
     Raises:
@@ -244,7 +253,7 @@ def _fingerprint(job: Job, adapter: AdapterInfo | None, served: ServerSampler | 
     return asked
 
 
-def _longest(job: Job, context: int | None, served: ServerSampler | None) -> int:
+def longest(job: Job, context: int | None, served: ServerSampler | None) -> int:
     """Most tokens of prompt and response.
 
     Raises:
@@ -287,8 +296,11 @@ def _refuse_others(output: Path, origin: Origin) -> None:
     """Refuses to go on with a file whose samples come from something else."""
     if not output.is_file() or not output.stat().st_size:
         return
-    with output.open(encoding="utf-8") as file:
-        there = stored.parse(file.readline(), f"{output}, line 1").origin
+    with output.open(encoding="utf-8", errors="replace") as file:
+        first = file.readline()
+    if not first.endswith("\n"):
+        return  # torn: nothing is there yet
+    there = stored.parse(first, f"{output}, line 1").origin
     pairs = {
         "weights": (there.fingerprint, origin.fingerprint),
         "the chat template": (there.template, origin.template),
@@ -301,16 +313,27 @@ def _refuse_others(output: Path, origin: Origin) -> None:
         )
 
 
-def _write_report(output: Path, prompts: Prompts, report: dict[str, Any]) -> None:
+def _write_report(output: Path, prompts: Prompts, too_long: Sequence[int]) -> None:
+    """What the whole file holds, whichever runs made it."""
+    finished: Counter[str] = Counter()
+    samples = tokens = 0
+    for group in stored.read(output):
+        samples += len(group.samples)
+        tokens += sum(len(each.token_ids) for each in group.samples)
+        finished.update(each.finish_reason for each in group.samples)
     whole = {
         "dataset": prompts.source,
         "rows": prompts.rows,
         "prompts": len(prompts.found),
         "repeated": prompts.repeated,
         "problems": prompts.problems,
-        **report,
+        "too_long": list(too_long),
+        "samples": samples,
+        "tokens": tokens,
+        "finish_reasons": dict(finished),
     }
-    output.with_name(f"{output.name}.report.json").write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(output.with_name(f"{output.name}.report.json"), text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -78,6 +78,11 @@ class Sample:
     """Columns of the dataset that were kept, e.g. the right answer."""
 
     @property
+    def mean_logp(self) -> float | None:
+        """``logprob`` of a token, on average; None where it is not known."""
+        return None if self.logprob is None or not self.token_ids else self.logprob / len(self.token_ids)
+
+    @property
     def text_key(self) -> str:
         """Hash of the text, by which scores are matched with samples."""
         return xxhash.xxh3_64_hexdigest(self.text.encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import (
     GenerationConfig,
     MinPLogitsWarper,
+    StoppingCriteria,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -197,9 +199,9 @@ def draw(
     model.eval()
     try:
         while order:
-            chosen, width = [order.pop()], 0
+            chosen = [order.pop()]
             width = chosen[0].n
-            while order and width + order[-1].n <= batch and order[-1].max_tokens == chosen[0].max_tokens:
+            while order and width + order[-1].n <= batch:
                 width += order[-1].n
                 chosen.append(order.pop())
             yield from _generated(model, chosen, how, ends, pad, tokenizer)
@@ -218,11 +220,10 @@ def _generated(
     choose = _Choose(how, seeds)
     # Not the model's own configuration, which may ask for penalties.
     config = GenerationConfig(
-        max_new_tokens=requests[0].max_tokens,
+        max_new_tokens=max(request.max_tokens for request in requests),
         do_sample=False,
         eos_token_id=sorted(ends),
         pad_token_id=pad,
-        stop_strings=how.stop or None,
     )
     with torch.no_grad():
         output = model.generate(
@@ -230,19 +231,21 @@ def _generated(
             attention_mask=mask,
             generation_config=config,
             logits_processor=[choose],
-            **({"tokenizer": tokenizer} if how.stop else {}),
+            stopping_criteria=[_Stop(tokenizer, how.stop, width)] if how.stop else None,
         )
     logprobs = torch.stack(choose.logprobs, dim=1).tolist()
     sequences = iter(zip(output[:, width:].tolist(), logprobs, strict=True))
     for request in requests:
-        yield request.number, [_finished(*next(sequences), ends, how, tokenizer) for _ in range(request.n)]
+        most = request.max_tokens  # others of the batch may have gone on for longer
+        drawn = [next(sequences) for _ in range(request.n)]
+        yield request.number, [_finished(ids[:most], logprobs[:most], ends, how, tokenizer) for ids, logprobs in drawn]
 
 
 def _finished(ids: list[int], logprobs: list[float], ends: set[int], how: Sampling, tokenizer: Any) -> Drawn:
     """What was drawn, without the padding after its end."""
     length = next((i + 1 for i, token in enumerate(ids) if token in ends), None)
-    if length is None and how.stop:
-        length = next((i for i in range(1, len(ids) + 1) if _holds(tokenizer.decode(ids[:i]), how.stop)), None)
+    if length is None and _holds(tokenizer.decode(ids), how.stop):  # and so does every piece longer than the first
+        length = bisect_left(range(len(ids) + 1), True, key=lambda i: _holds(tokenizer.decode(ids[:i]), how.stop))
     stopped = length is not None
     length = len(ids) if length is None else length
     return Drawn(
@@ -254,6 +257,18 @@ def _finished(ids: list[int], logprobs: list[float], ends: set[int], how: Sampli
 
 def _holds(text: str, stop: Sequence[str]) -> bool:
     return any(each in text for each in stop)
+
+
+class _Stop(StoppingCriteria):
+    """Stops rows whose response holds a stop text; transformers' own looks at the prompt's end too."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], width: int) -> None:
+        self.tokenizer, self.stop, self.width = tokenizer, stop, width
+
+    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Any:
+        """Whether to stop; (row,)."""
+        found = [_holds(self.tokenizer.decode(row), self.stop) for row in input_ids[:, self.width :].tolist()]
+        return torch.tensor(found, device=input_ids.device)
 
 
 class _Choose:

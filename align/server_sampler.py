@@ -47,6 +47,7 @@ class ServerSampler:
         self.url = base_url.rstrip("/").removesuffix("/v1")
         self.ends, self.waits = sorted(ends), WAITS if waits is None else waits
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._of_model = True
         self._client = httpx.Client(timeout=timeout, headers=headers)
         self._served = self._models()
         if model is not None and model not in self._served:
@@ -70,6 +71,8 @@ class ServerSampler:
 
     def draw(self, requests: Iterable[Request], how: Sampling) -> Iterator[tuple[int, list[Drawn]]]:
         """See ``align.samplers.Sampler``."""
+        plain = (how.temperature, how.top_p, how.top_k, how.min_p) in ((1.0, 1.0, 0, 0.0), (0.0, 1.0, 0, 0.0))
+        self._of_model = plain or self._says_log_probs_of_model()
         waiting = iter(requests)
         under_way: dict[Future[list[Drawn]], Request] = {}
         with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -89,6 +92,13 @@ class ServerSampler:
     def close(self) -> None:
         """Ends the connections."""
         self._client.close()
+
+    def _says_log_probs_of_model(self) -> bool:
+        """Whether log-probs are the model's rather than those after temperature and cuts, as `trl vllm-serve` has them:
+        of a distribution cut to its best token, that token has log-prob 0."""
+        probe = Request(number=0, prompt=(self.ends[0],), n=1, max_tokens=1, seed=0)
+        (drawn,) = self._ask(probe, Sampling(top_k=1, max_tokens=1))
+        return drawn.logprob != 0.0
 
     def _ask(self, request: Request, how: Sampling) -> list[Drawn]:
         answer = self._post(
@@ -128,7 +138,7 @@ class ServerSampler:
         logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
         return Drawn(
             token_ids=tuple(ids),
-            logprob=None if logprobs is None else float(sum(logprobs)),
+            logprob=None if logprobs is None or not self._of_model else float(sum(logprobs)),
             finish_reason=reason,
         )
 

@@ -21,7 +21,7 @@ from align.errors import RunError
 from align.sampling import Drawn, Request, Sampling
 
 OLDEST, NEWEST = Version("0.27"), Version("0.32")
-"""First and last minor release that is supported; what was run on which is in docs/vllm.md."""
+"""First and last minor release that is supported; what was run on which is in docs/sampling.md."""
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks of adapters that vLLM has kernels for."""
 IN_FLIGHT = 4096

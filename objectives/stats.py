@@ -72,12 +72,13 @@ def clustered_stderr(values: Sequence[float], clusters: Sequence[Hashable]) -> f
     return float(np.sqrt((sums**2).sum()) / len(items) * math.sqrt(number / (number - 1)))
 
 
-def mean_with_interval(values: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
+def mean_with_interval(values: Sequence[float], clusters: Sequence[Hashable], *, shares: bool = True) -> Estimate:
     """Mean over items with the 95 % interval that fits: Wilson for 0/1 items with one per prompt, else clustered t.
 
     Args:
         values: one per item; ties count as 0.5 and lead to the clustered interval.
         clusters: prompt of each item, same length.
+        shares: whether 0 and 1 mean wrong and right; differences may be 0 or 1 too, and take clustered t.
     Raises:
         ValueError: on no items, on unequal lengths, or on a value that is not finite.
     """
@@ -88,7 +89,7 @@ def mean_with_interval(values: Sequence[float], clusters: Sequence[Hashable]) ->
         raise ValueError(f"item {int(np.flatnonzero(~np.isfinite(items))[0])} is not finite")
     n, groups = len(items), len(set(clusters))
     value, stderr = float(items.mean()), clustered_stderr(values, clusters)
-    if groups == n and np.isin(items, (0.0, 1.0)).all():
+    if shares and groups == n and np.isin(items, (0.0, 1.0)).all():
         low, high = wilson(float(items.sum()), n)
         return Estimate(value=value, stderr=stderr, low=low, high=high, n=n, clusters=groups, interval="wilson")
     half = float(stdtrit(groups - 1, 0.975)) * stderr if groups > 1 else math.nan

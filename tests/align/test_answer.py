@@ -144,6 +144,16 @@ def test_qalign_leans_to_what_scores(tmp_path: Path):
     assert share[0.2] > share[100.0] + 0.15
 
 
+def test_a_response_without_a_score_ends_no_chain(tmp_path: Path, capsys):
+    """Its state is left as soon as possible, and counted."""
+    (tmp_path / "mine.py").write_text(
+        "def score(text, **_):\n    return None if 'answer is 1' in text else float('answer' in text)\n"
+    )
+    scorers = "[{name: world_answer, weight: 0.0}, {name: python, function: " + str(tmp_path / "mine.py") + ":score}]"
+    assert main([*world(tmp_path), f"--scorers={scorers}", "--strategy=qalign", "--steps=8"]) == 0
+    assert "responses have no score" in capsys.readouterr().out
+
+
 def test_qalign_at_high_beta_is_plain_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Nothing is rejected but for lengths, so states are draws from the model: their answers are distributed alike."""
     words = world(tmp_path, 1)
@@ -212,6 +222,7 @@ def test_strategies_that_can_t_be_meant(words: list[str], says: str):
         (["--strategy=qalign", "--top_p=0.9"], "qalign needs plain sampling"),
         (["--strategy=qalign", "--temperature=0"], "qalign needs plain sampling"),
         (["--strategy=qalign", "--reward_transforms=z_score"], "qalign looks at one"),
+        (["--strategy=qalign", "--engine=vllm", "--data_parallel_size=2"], "has no effect with strategy qalign"),
         (["--strategy=qalign", "--max_tokens=900"], "no prompt leaves room for sampling.max_tokens 900"),
         (
             ["--strategy={name: weighted_majority, weights: reward}", "--scorers={name: gold, weight: -1}"],

@@ -56,7 +56,10 @@ def test_lists_are_best_first_without_repetitions():
 
 def test_every_scorer_s_score_is_kept():
     (row,) = made(scored(chat("Q?", ["a", "b"]), (1.5, 0.5), right=(1.0, 0.0), short=(0.5, 0.5))).rows
-    assert [each["scores"] for each in row["responses"]] == [{"right": 1.0, "short": 0.5}, {"right": 0.0, "short": 0.5}]
+    assert [each["scorers"] for each in row["responses"]] == [
+        {"right": 1.0, "short": 0.5},
+        {"right": 0.0, "short": 0.5},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -173,6 +176,17 @@ def test_samples_against_an_opponent_s():
     assert [row["completion"][0]["content"] for row in nash.rows] == ["p1", "p2", "p3", "q"]
     with pytest.raises(RecipeError, match="kinds xpo and nash_md need opponent and opponent_scores"):
         read_settings(None, ["--samples=a", "--scores=b", "--output=c", "--kind=xpo"], SCHEMA)
+
+
+def test_repetitions_count_against_an_opponent():
+    """Rows stand for draws: what the policy says seven times in eight weighs as much."""
+    policy = (scored(chat("A?", ["p", "p", "p", "q"]), (0.9, 0.9, 0.9, 0.2)),)
+    other = (scored(chat("A?", ["r", "r", "s"]), (0.5, 0.5, None)),)
+    keys = {"samples": "s", "scores": "s", "output": "o", "opponent": "t", "opponent_scores": "u"}
+    found = against(policy, other, PairsSection(**keys, kind="nash_md"))
+    assert [row["completion"][0]["content"] for row in found.rows] == ["p", "p"]
+    assert found.counts["opponent_without_score"] == 1
+    assert found.counts["unpaired"] == 2
 
 
 def test_scores_of_other_samples_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -202,8 +202,9 @@ def test_other_settings_are_not_mixed_in(world: Path):
     other = Runner(read_rounds(None, words(world, "--sampling.temperature=0.7", "--run.rounds=5")))
     with pytest.raises(RunError, match=r"holds rounds of other settings \(sampling.temperature\)"):
         other._begin()
-    more = Runner(read_rounds(None, words(world, "--run.rounds=5", "--run.patience=2")))
-    more._begin()  # more rounds of the same
+    free = ["--run.rounds=5", "--run.patience=2", "--serving.timeout=9", "--serving.max_model_len=200"]
+    more = Runner(read_rounds(None, words(world, *free, overrides=["--token_budget=512"])))
+    more._begin()  # more rounds of the same, on another machine
 
 
 def trees(folder: Path, *more: str, overrides: list[str] | None = None) -> list[dict[str, Any]]:
@@ -224,6 +225,39 @@ def test_the_reference_of_every_round(world: Path):
     adapters = trees(world, "--run.reference=initial", overrides=["--lora.r=4"])
     assert [tree["reference"]["model"] for tree in adapters] == ["initial", "base"]
     assert adapters[1]["model"]["model_name_or_path"] == "base"
+
+
+def test_a_policy_is_trained_as_it_is_sampled(world: Path):
+    """With the same template, end token and tokenizer; the revision is the first policy's."""
+    (world / "own.jinja").write_text("{{ messages[0]['content'] }}")
+    given = [f"--chat_template={world / 'own.jinja'}", "--model_revision=v2", "--eos_token=<|end|>"]
+    settings = read_rounds(None, words(world, *given))
+    one = training_tree(settings, 1, world / "round-1", str(POLICY), None, str(POLICY))["model"]
+    two = training_tree(settings, 2, world / "round-2", "prev", None, str(POLICY))["model"]
+    assert {one["chat_template"], two["chat_template"]} == {str(world / "own.jinja")}
+    assert {one["eos_token"], two["eos_token"]} == {"<|end|>"}
+    assert (one["model_revision"], two["model_revision"]) == ("v2", "main")
+    assert settings.sample_tree(str(POLICY), None, held_out=False)["model"]["model_revision"] == "v2"
+    assert settings.sample_tree("prev", None, held_out=False)["model"]["model_revision"] == "main"
+
+
+def test_rounds_are_judged_by_scores_as_they_are(world: Path):
+    """z_score makes every prompt's mean 0."""
+    settings = read_rounds(None, words(world, "--reward_transforms=z_score"))
+    assert "reward_transforms" in settings.scores_tree(transformed=True)
+    assert "reward_transforms" not in settings.scores_tree(transformed=False)
+
+
+def test_prompts_that_are_trained_on_judge_nothing(world: Path):
+    same = Runner(read_rounds(None, words(world, f"--held_out.dataset_name={world / 'train.jsonl'}")))
+    same.root.mkdir()
+    with pytest.raises(RecipeError, match="every prompt of held_out is also trained on"):
+        same._begin()
+    with (world / "test.jsonl").open("a") as file:
+        file.write((world / "train.jsonl").read_text().splitlines(keepends=True)[0])
+    said: list[str] = []
+    Runner(read_rounds(None, words(world)), say=said.append)._begin()
+    assert said == ["warning: 1 of 21 held-out prompts are also trained on"]
 
 
 def test_offline_data_is_mixed_in(world: Path):
@@ -281,6 +315,7 @@ def test_patience(scores: list[float], stops: bool):
         (["--run.accelerate_config=no.yaml"], [], r"run\.accelerate_config: there is no file"),
         (["--run.reference=initial"], ["--objective=simpo"], "simpo needs no reference model"),
         (["--run.opponent=reference"], [], r"run\.opponent has no effect: dpo reads nothing of an opponent"),
+        (["--serving.engine=server", "--base_url=http://x"], [], "serves one policy, and every round samples another"),
         (["--rows.margin=1"], [], "margin has no effect with kind scored"),
         (["--learning_rate=1"], [], r"here it is run\.overrides"),
     ],

