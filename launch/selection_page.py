@@ -110,17 +110,15 @@ def page(found: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     claimed = {name: list(judge(parts[name])) for name, (judge, _) in SECTIONS.items() if name in parts}
     every = [verdict for listed in claimed.values() for verdict in listed]
-    minutes = sum(part["seconds"] for part in parts.values()) / 60
     lines = [
         "# Rounds, selection and QAlign, measured",
         "",
         "<!-- Written by `python -m launch.selection_page` from docs/selection.json; edit nothing here. -->",
         "",
         *_paragraph(
-            "On the embedded world: short word problems, and a policy of 0.9 million parameters that "
-            "answers about half "
-            f"of them rightly at temperature 1. `make selection` measures it again ({minutes:.0f} minutes of CPU cores "
-            f"that other work shared; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}; {versions})."
+            "On the embedded world: short word problems, and a policy of 0.9 million parameters that answers about "
+            "half of them rightly at temperature 1. `make selection` measures it again (last time on "
+            f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}; {versions})."
         ),
         "",
         *_paragraph(

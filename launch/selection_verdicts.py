@@ -117,14 +117,19 @@ def of_curves(part: Mapping[str, Any]) -> Iterator[Verdict]:
 
 
 def of_chains(part: Mapping[str, Any]) -> Iterator[Verdict]:
-    """Whether QAlign is above each selection at the largest budget, for each error and β."""
+    """The claims of arXiv:2504.03790, for each error and β: above best-of-N and the vote, no fall with more tokens."""
     budget = part["budgets"][-1]
     for name, found in part["errors"].items():
         for chain, others in found["against"].items():
-            for other, change in others.items():
-                if not other.startswith("qalign"):
-                    yield Verdict(
-                        claim=f"error {name} ({found['size']:g}): {chain} is above {other} at {budget} tokens",
-                        numbers=f"{shown(change, signed=True)}, {word(change)}",
-                        shows=rises(change),
-                    )
+            error = f"error {name} ({found['size']:g}): {chain}"
+            for other in ("best_of_n", "majority"):
+                yield Verdict(
+                    claim=f"{error} is above {other} at {budget} tokens",
+                    numbers=shown(others[other], signed=True),
+                    shows=rises(others[other]),
+                )
+            yield Verdict(
+                claim=f"{error} does not fall from its best budget to {budget} tokens",
+                numbers=shown(found["since_peak"][chain], signed=True),
+                shows=holds(found["since_peak"][chain]),
+            )

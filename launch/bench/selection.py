@@ -5,8 +5,8 @@
     --quick                    tiny numbers that say nothing, in under a minute: whether it runs
 
 Samples are stored under ``--output_dir``, and what is there is not drawn again. ``python -m launch.selection_page``
-makes docs/selection.md of the numbers. Samples are measured by ``launch.bench.selection_parts``, rounds and chains by
-``launch.bench.selection_rounds`` and ``launch.bench.selection_chains``.
+makes docs/selection.md of the numbers. Rounds are in ``selection_rounds`` beside this file, pass@k and curves in
+``selection_parts``, chains in ``selection_chains``.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ import transformers
 
 from align.console import quiet_libraries
 from launch.bench.selection_chains import chains
-from launch.bench.selection_parts import Numbers, curves, pass_at_k
+from launch.bench.selection_parts import curves, pass_at_k
 from launch.bench.selection_rounds import rounds
+from launch.bench.selection_samples import Numbers
 from launch.pages import ROOT
 
 PARTS: Mapping[str, Callable[[Numbers, Path], dict[str, Any]]] = {
@@ -89,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name} …", file=sys.stderr, flush=True)
         measured = PARTS[name](numbers, options.output_dir)
         seconds = time.perf_counter() - began
-        told = {"date": datetime.date.today().isoformat(), "seconds": round(seconds), "quick": options.quick}
+        told = {"date": datetime.date.today().isoformat(), "quick": options.quick}
         found["parts"][name] = rounded(measured) | told
         options.into.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"  {seconds:.0f} s", file=sys.stderr, flush=True)

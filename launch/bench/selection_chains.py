@@ -17,8 +17,8 @@ from align.sampling import Request, Sampling, decoded, draw, spread
 from align.selection import BestOfMajority, BestOfN, Majority, Selection, WeightedMajority
 from align.selection_curves import selection_curve
 from data.worlds import POLICY, Problem, answer_of
-from launch.bench.selection_parts import (
-    ALPHA,
+from launch.bench.selection_parts import ALPHA, paired, since_peak
+from launch.bench.selection_samples import (
     BATCH,
     ERRORS,
     Drawn,
@@ -27,7 +27,6 @@ from launch.bench.selection_parts import (
     load,
     noisy_reward,
     of_the_start,
-    paired,
     prompt_of,
 )
 from objectives.stats import mean_with_interval
@@ -134,6 +133,7 @@ def chains(numbers: Numbers, folder: Path) -> dict[str, Any]:
             "size": size,
             "by_tokens": {name: _points(values) for name, values in reached.items()},
             "accepted": rates,
+            "since_peak": {name: since_peak(values, budgets) for name, values in reached.items()},
             "against": {
                 name: {other: paired(reached[name][:, -1], reached[other][:, -1]) for other in reached if other != name}
                 for name in rates

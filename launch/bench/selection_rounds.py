@@ -16,7 +16,7 @@ from align import samples as stored
 from align.score_lines import read_scores
 from align.selection_curves import pass_at_k
 from data.worlds import POLICY, Problem, problems
-from launch.bench.selection_parts import Numbers, aligned
+from launch.bench.selection_samples import Numbers, aligned
 from objectives.stats import mean_with_interval
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "dpo.yaml"

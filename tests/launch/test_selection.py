@@ -14,7 +14,8 @@ from align.selection_curves import Curve
 from data.worlds import Problem, problems
 from launch import selection_page, selection_verdicts
 from launch.bench import selection
-from launch.bench.selection_parts import ERRORS, noisy_reward, since_middle, since_peak
+from launch.bench.selection_parts import SIZES, since_middle, since_peak
+from launch.bench.selection_samples import ERRORS, noisy_reward
 from launch.line_plots import LINE, apart
 from launch.selection_verdicts import falls, flat, holds, of_curves, of_pass_at_k, of_rounds, rises, word
 
@@ -107,30 +108,28 @@ def test_the_curves_of_the_paper_show_and_others_do_not():
     assert not any(each.shows for each in of_curves(curves_part(UP, DOWN, UP, DOWN)))
 
 
-def test_qalign_is_compared_with_selections_only():
-    chain = {"size": 1.0, "against": {"qalign, β 1": {"majority": UP, "best_of_n": DOWN, "qalign, β 0.2": UP}}}
-    found = list(selection_verdicts.of_chains({"budgets": [64, 512], "errors": {"large": chain}}))
-    assert [each.shows for each in found] == [True, False]
-    assert "at 512 tokens" in found[0].claim
-
-
-def made_up(values: np.ndarray) -> Curve:
-    return Curve(sizes=tuple(2**i for i in range(values.shape[1])), estimates=(), per_prompt=values, subsets=None)
+@pytest.mark.parametrize(("over", "change", "shows"), [(UP, SMALL, True), (DOWN, UNKNOWN, False)])
+def test_qalign_is_above_and_does_not_fall_or_is_not_and_does(over: Any, change: Any, shows: bool):
+    others = {"best_of_n": over, "majority": over, "qalign, β 0.2": UP}
+    found = {"size": 1.0, "against": {"qalign, β 1": others}, "since_peak": {"qalign, β 1": change}}
+    claims = list(selection_verdicts.of_chains({"budgets": [64, 512], "errors": {"large": found}}))
+    assert [each.shows for each in claims] == [shows] * 3
+    assert "at 512 tokens" in claims[0].claim
 
 
 def test_a_fall_is_measured_on_other_problems_than_its_peak_is_chosen_on():
     """Of noise some N is best by luck; measured where it was chosen, noise would fall."""
     rng = np.random.default_rng(0)
     noise = (rng.random((400, 10)) < 0.5).astype(float)
-    assert not falls(since_peak(made_up(noise)))
+    assert not falls(since_peak(noise, SIZES))
     best = int(noise.mean(axis=0).argmax())
-    assert (noise[:, -1] - noise[:, best]).mean() < since_peak(made_up(noise))["value"]
+    assert (noise[:, -1] - noise[:, best]).mean() < since_peak(noise, SIZES)["value"]
     falling = (rng.random((400, 10)) < np.array([0.5, 0.7, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.4, 0.4])).astype(float)
-    found = since_peak(made_up(falling))
+    found = since_peak(falling, SIZES)
     assert found["peak_at"] == [4, 4]
     assert falls(found)
     assert found["value"] == pytest.approx(-0.5, abs=0.1)
-    assert since_middle(made_up(falling))["from"] == 32
+    assert since_middle(Curve(sizes=SIZES, estimates=(), per_prompt=falling, subsets=None))["from"] == 32
 
 
 # ---- page and plots ----
