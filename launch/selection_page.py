@@ -212,7 +212,8 @@ def _curves(part: Mapping[str, Any]) -> list[str]:
             "rare wrong answer can be rated above every other, and more samples find more such answers "
             f"(arXiv:2510.03199). {part['problems']} problems, {part['samples']} samples of each, with "
             f"{distinct['median']:g} different answers in the median and {distinct['most']} at most; "
-            f"α = {part['alpha']:g}, other settings are defaults. best_of_n is exact, others are means over "
+            f"α = {part['alpha']:g}, which any single sample passes up to N = {1 / part['alpha']:g}; other settings "
+            "are defaults. best_of_n is exact, others are means over "
             f"{part['subsets']} random subsets."
         ),
         "",

@@ -108,7 +108,13 @@ def of_curves(part: Mapping[str, Any]) -> Iterator[Verdict]:
             numbers=shown(peak["best_of_majority"], signed=True),
             shows=holds(peak["best_of_majority"]),
         )
-        for other in ("best_of_n", "majority"):
+        yield Verdict(
+            claim=f"{error}: nor on the way, from {found['open_gate']['from']} to {found['open_gate']['to']}, where a "
+            "single sample still passes its gate",
+            numbers=shown(found["open_gate"], signed=True),
+            shows=holds(found["open_gate"]),
+        )
+        for other in over:
             yield Verdict(
                 claim=f"{error}: best_of_majority is above {other} at {most}",
                 numbers=shown(over[other], signed=True),

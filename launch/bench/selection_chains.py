@@ -17,7 +17,7 @@ from align.sampling import Request, Sampling, decoded, draw, spread
 from align.selection import BestOfMajority, BestOfN, Majority, Selection, WeightedMajority
 from align.selection_curves import selection_curve
 from data.worlds import POLICY, Problem, answer_of
-from launch.bench.selection_parts import ALPHA, paired, since_peak
+from launch.bench.selection_parts import ALPHA, since_peak
 from launch.bench.selection_samples import (
     BATCH,
     ERRORS,
@@ -27,6 +27,7 @@ from launch.bench.selection_samples import (
     load,
     noisy_reward,
     of_the_start,
+    paired,
     prompt_of,
 )
 from objectives.stats import mean_with_interval

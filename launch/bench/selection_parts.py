@@ -21,7 +21,7 @@ from align.selection import (
 )
 from align.selection_curves import Curve, pass_at_k_curve, selection_curve
 from data.worlds import Problem
-from launch.bench.selection_samples import ERRORS, Drawn, Numbers, aligned, drawn, grouped, of_the_start
+from launch.bench.selection_samples import ERRORS, Drawn, Numbers, aligned, drawn, grouped, of_the_start, paired
 from objectives.stats import mean_with_interval
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -39,11 +39,6 @@ def up_to(sizes: Sequence[int], most: int) -> list[int]:
 def estimates(curve: Curve) -> list[dict[str, Any]]:
     """A curve's points for JSON."""
     return [asdict(each) for each in curve.estimates]
-
-
-def paired(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
-    """How much higher the first is, over the same problems."""
-    return asdict(mean_with_interval((first - second).tolist(), range(len(first))))
 
 
 # ---- pass@k ----
@@ -117,8 +112,10 @@ def curves(numbers: Numbers, folder: Path) -> dict[str, Any]:
             "since_peak": {each: since_peak(curve.per_prompt, sizes) for each, curve in found.items()},
             "since_middle": {each: since_middle(curve) for each, curve in found.items()},
             "best_of_majority_against": {
-                each: paired(gate, found[each].per_prompt[:, -1]) for each in ("best_of_n", "majority")
+                each: paired(gate, found[each].per_prompt[:, -1])
+                for each in ("best_of_n", "majority", "weighted_majority")
             },
+            "open_gate": open_gate(found["best_of_majority"]),
         }
     distinct = [len(one.answers) for one in grouped(asked, samples, 0.0)[0]]
     return {
@@ -131,6 +128,13 @@ def curves(numbers: Numbers, folder: Path) -> dict[str, Any]:
         "distinct_answers": {"median": float(np.median(distinct)), "most": max(distinct)},
         "errors": by_error,
     }
+
+
+def open_gate(curve: Curve) -> dict[str, Any]:
+    """How best_of_majority changes from 4 samples on as long as a single sample passes its gate, α·N ≤ 1."""
+    start = curve.sizes.index(4)
+    end = max(place for place, size in enumerate(curve.sizes) if size * ALPHA <= 1)
+    return paired(curve.per_prompt[:, end], curve.per_prompt[:, start]) | {"from": 4, "to": curve.sizes[end]}
 
 
 def _of_all(rule: Selection, samples: Sequence[Samples], right: Sequence[Sequence[bool]]) -> np.ndarray:

@@ -16,7 +16,7 @@ from align import samples as stored
 from align.score_lines import read_scores
 from align.selection_curves import pass_at_k
 from data.worlds import POLICY, Problem, problems
-from launch.bench.selection_samples import Numbers, aligned
+from launch.bench.selection_samples import Numbers, aligned, paired
 from objectives.stats import mean_with_interval
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "dpo.yaml"
@@ -93,5 +93,5 @@ def _measured(right: dict[str, list[float]], n: int) -> dict[str, Any]:
 
 def _change(now: dict[str, list[float]], before: dict[str, list[float]]) -> dict[str, Any]:
     """Of the accuracy, over the same problems."""
-    changes = [float(np.mean(now[key]) - np.mean(before[key])) for key in now]
-    return asdict(mean_with_interval(changes, list(now)))
+    means = [np.array([np.mean(right[key]) for key in now]) for right in (now, before)]
+    return paired(*means)

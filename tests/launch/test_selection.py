@@ -15,7 +15,7 @@ from data.worlds import Problem, problems
 from launch import selection_page, selection_verdicts
 from launch.bench import selection
 from launch.bench.selection_parts import SIZES, since_middle, since_peak
-from launch.bench.selection_samples import ERRORS, noisy_reward
+from launch.bench.selection_samples import ERRORS, noisy_reward, paired
 from launch.line_plots import LINE, apart
 from launch.selection_verdicts import falls, flat, holds, of_curves, of_pass_at_k, of_rounds, rises, word
 
@@ -97,7 +97,8 @@ def curves_part(best: Any, gate: Any, majority: Any, over: Any) -> dict[str, Any
         "size": 1.0,
         "since_peak": {"best_of_n": best, "best_of_majority": gate},
         "since_middle": {"majority": majority | {"from": 32}},
-        "best_of_majority_against": {"best_of_n": over, "majority": over},
+        "open_gate": gate | {"from": 4, "to": 16},
+        "best_of_majority_against": {"best_of_n": over, "majority": over, "weighted_majority": over},
     }
     return {"n": [1, 512], "errors": {"large": found}}
 
@@ -115,6 +116,15 @@ def test_qalign_is_above_and_does_not_fall_or_is_not_and_does(over: Any, change:
     claims = list(selection_verdicts.of_chains({"budgets": [64, 512], "errors": {"large": found}}))
     assert [each.shows for each in claims] == [shows] * 3
     assert "at 512 tokens" in claims[0].claim
+
+
+def test_one_problem_in_a_hundred_is_no_difference():
+    """Mean 0.01, deviation 0.1: 0.01 ± 1.984 · 0.1/√100."""
+    one = np.eye(100)[0]
+    found = paired(one, np.zeros(100))
+    assert found["value"] == pytest.approx(0.01)
+    assert (found["low"], found["high"]) == pytest.approx((0.01 - 0.0198422, 0.01 + 0.0198422), abs=1e-7)
+    assert not rises(found)
 
 
 def test_a_fall_is_measured_on_other_problems_than_its_peak_is_chosen_on():
