@@ -1,4 +1,5 @@
-# make setup | quickstart | test | test-all | test-versions | check | bench | bench_preparation | bench_sampling | objectives | promises | recipe_costs | mutants | docs | clean
+# make setup | quickstart | test | test-all | test-versions | check | bench | bench_preparation | bench_sampling |
+#      selection | objectives | promises | recipe_costs | mutants | docs | clean
 # Everything lives in .venv; nothing outside the checkout is touched.
 PYTHON ?= python3.11
 # torch is installed first, so that nothing pulls in another build. For a GPU, choose the build that fits it:
@@ -12,7 +13,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup quickstart test test-all test-versions check bench bench_preparation bench_sampling objectives promises recipe_costs mutants docs clean
+.PHONY: setup quickstart test test-all test-versions check bench bench_preparation bench_sampling selection objectives promises recipe_costs mutants docs clean
 
 setup: $(READY)
 
@@ -53,6 +54,10 @@ objectives: $(READY)
 
 promises: $(READY)
 	$(BIN)/python -m launch.bench.promises
+
+selection: $(READY)
+	$(BIN)/python -m launch.bench.selection --into docs/selection.json
+	$(BIN)/python -m launch.selection_page
 
 recipe_costs: $(READY)
 	$(BIN)/python -m launch.bench.recipe_costs
