@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,14 +23,18 @@ from align import sample as command
 from align import samples as stored
 from align.errors import RunError
 from align.forward import bind
+from align.judges import Judge
 from align.sampling import encoded
 from align.vllm_sampler import installed
+from data.chat import FALLBACK_TEMPLATE
 from data.pack import pack
 from data.store import TokenTable
 from data.tokens import TokenRow
 from data.worlds import POLICY, problems
+from tests.align.sampled import chat
 from tests.align.test_sample import save_adapter, write
 from tests.align.vllm_jobs import WORDS, job
+from tests.equivalence.worlds import save_model
 from tests.support import REPOSITORY, common_folder, once
 
 pytestmark = pytest.mark.slow
@@ -236,6 +240,26 @@ def test_a_server_killed_in_the_middle(shared: Path, tmp_path: Path, monkeypatch
         for a, b in zip(group.samples, wanted[group.prompt_id].samples, strict=True):
             if a.token_ids == b.token_ids:
                 assert a.logprob == pytest.approx(b.logprob, abs=5e-3)
+
+
+def test_a_judge_on_a_vllm_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Verdicts of a model that must give one (by guided decoding), and of one that talks nonsense."""
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+    judge = save_model(tmp_path / "judge", hidden_size=64, intermediate_size=96, max_position_embeddings=8192)
+    tokenizer = AutoTokenizer.from_pretrained(judge)
+    tokenizer.chat_template = FALLBACK_TEMPLATE
+    tokenizer.save_pretrained(judge)
+    groups = [chat("2 + 2?", ["4", "5", "4"]), chat("3 + 3?", ["6", "seven"])]
+    with server(str(judge), tmp_path / "log") as (address, _):
+        asked = {"model": str(judge), "base_url": f"{address}/v1", "max_tokens": 12}
+        choice = {"structured_outputs": {"choice": ["[[A>B]]", "[[B>A]]"]}}
+        with closing(Judge(**asked, extra_body=choice)) as sure, closing(Judge(**asked, retries=1)) as lost:
+            found, nonsense = sure(groups), lost(groups)
+    assert all(each.score is not None for each in found)
+    assert found[0].score == found[2].score  # the same text, against the same others
+    assert found[3].score + found[4].score == pytest.approx(1)  # type: ignore[operator]
+    assert [each.score for each in nonsense] == [0.5, None, 0.5, None, None]  # equal answers tie unasked
+    assert all("verdict" in each.reason for each in nonsense if each.score is None)
 
 
 def test_copies_share_the_prompts(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
