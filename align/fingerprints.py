@@ -37,6 +37,11 @@ def joined(base: str, adapter: str | None) -> str:
     return base if adapter is None else f"{base}+{adapter}"
 
 
+def mixed(first: str, second: str, share: float) -> str:
+    """Of a geometric mixture of two models."""
+    return f"{first}~{share:g}*{second}"
+
+
 def _hash(files: list[Path]) -> str:
     digest = xxhash.xxh3_128()
     for path in files:

@@ -48,9 +48,11 @@ class RoundsSection:
     """Against what log-ratios are taken: the policy as the round starts, or as the first one did."""
     fresh_prompts: bool = False
     """Each round takes another part of the prompts; else all of them, with another seed."""
-    opponent: Literal["none", "reference"] = "none"
-    """reference: also sample the reference, one response for each of the policy's: for xpo and nash_md. Nash-MD's own
-    opponent is a mixture of policy and reference, which no engine samples; the reference is its limit."""
+    opponent: Literal["none", "reference", "mixture"] = "none"
+    """Also sample an opponent, one response for each of the policy's: for xpo the reference, for nash_md that, or the
+    geometric mixture of policy and reference (arXiv:2312.00886), which is drawn with transformers."""
+    mixture_coef: float = 0.5
+    """With opponent mixture: the reference's share, in (0, 1]."""
     mix_dataset: str | None = None
     """Offline dataset to train on too, in every round."""
     mix_weight: float = 1.0
@@ -66,6 +68,9 @@ class RoundsSection:
         require("rounds", self.rounds, self.rounds >= 1, ">= 1")
         require("mix_weight", self.mix_weight, self.mix_weight > 0, "> 0")
         require("least_gain", self.least_gain, self.least_gain >= 0, ">= 0")
+        require("mixture_coef", self.mixture_coef, 0 < self.mixture_coef <= 1, "in (0, 1]")
+        if self.opponent != "mixture" and self.mixture_coef != 0.5:
+            raise ValueError("mixture_coef has no effect without opponent mixture; remove it")
         if self.patience is not None:
             require("patience", self.patience, self.patience >= 1, ">= 1")
         if self.mix_dataset is None and self.mix_weight != 1.0:
@@ -175,17 +180,23 @@ class Rounds:
 
     # ---- what the stages are told ----
 
-    def sample_tree(self, model: str, adapter: str | None, *, held_out: bool) -> dict[str, Any]:
+    def sample_tree(
+        self, model: str, adapter: str | None, *, held_out: bool, mixture_with: str | None = None
+    ) -> dict[str, Any]:
         """Settings of ``python -m align.sample``."""
         data = dataclasses.asdict(self.held_out_prompts() if held_out else self.data)
         section = dataclasses.asdict(self.model) | {"model_name_or_path": model, "adapter_name_or_path": adapter}
         if model != self.model.model_name_or_path:
             section["model_revision"] = "main"  # a folder of ours
+        serving = dataclasses.asdict(self.serving)
+        if mixture_with is not None:
+            section |= {"mixture_with": mixture_with, "mixture_coef": self.section.mixture_coef}
+            serving = {"engine": "transformers", "max_model_len": self.serving.max_model_len}
         return {
             "model": section,
             "data": data,
             "sampling": dataclasses.asdict(self.sampling),
-            "serving": dataclasses.asdict(self.serving),
+            "serving": serving,
         }
 
     def held_out_prompts(self) -> PromptSection:
@@ -228,7 +239,7 @@ class Rounds:
     def pairs_tree(self, folder: Path) -> dict[str, Any]:
         """Settings of ``python -m align.pairs``."""
         rows = dataclasses.asdict(self.rows)
-        if self.section.opponent == "reference":
+        if self.section.opponent != "none":
             names = {"opponent": "opponent.jsonl", "opponent_scores": "opponent.scores.jsonl"}
             rows |= {key: str(folder / name) for key, name in names.items()}
             rows["kind"] = "nash_md" if self.recipe.objectives[0].name == "nash_md" else "xpo"
@@ -271,7 +282,7 @@ def read_rounds(config: str | None, words: Sequence[str]) -> Rounds:
     if section.reference == "initial" and model.adapter_name_or_path is not None:
         raise RecipeError("run.reference initial can't be an adapter; merge it into its base, or set previous")
     columns = recipe.mixture.needs.columns
-    if bool(columns) != (section.opponent == "reference"):
+    if bool(columns) != (section.opponent != "none"):
         names = ", ".join(entry.name for entry in recipe.objectives)
         if columns:
             raise RecipeError(f"run.opponent: {names} compares the policy with an opponent; set run.opponent reference")
@@ -279,10 +290,13 @@ def read_rounds(config: str | None, words: Sequence[str]) -> Rounds:
     if section.reference == "initial" and not recipe.needs_reference:
         names = ", ".join(entry.name for entry in recipe.objectives)
         raise RecipeError(f"run.reference has no effect: {names} needs no reference model; remove it")
+    if section.opponent == "mixture" and (recipe.lora is not None or "chosen_by" in columns):
+        why = "adapters can't be mixed; train all weights" if recipe.lora is not None else "xpo's is the reference"
+        raise RecipeError(f"run.opponent mixture: {why}, or set run.opponent reference")
     rounds = Rounds(section=section, recipe=recipe, **found)
     if rounds.serving.engine == "server":
         raise RecipeError("serving.engine server serves one policy, and every round samples another; use vllm or auto")
-    if rounds.reward_transforms and section.opponent == "reference":
+    if rounds.reward_transforms and section.opponent != "none":
         raise RecipeError("reward_transforms change scores per prompt, and the opponent's apart; leave them out")
     try:
         PairsSection(**rounds.pairs_tree(Path("round"))["pairs"])

@@ -25,7 +25,7 @@ from align import samples as stored
 from align import settings
 from align.console import tell
 from align.errors import RecipeError, RunError
-from align.fingerprints import joined, weights_on_disk
+from align.fingerprints import joined, mixed, weights_on_disk
 from align.prompts import read_prompts
 from align.round_results import Evaluation, evaluate, table
 from align.round_settings import SCHEMA, Rounds, read_rounds, training_tree
@@ -185,10 +185,14 @@ class Runner:
 
         def opponent(folder: Path) -> None:
             other = self._checked(0 if section.reference == "initial" else number - 1)
-            self._draw(other, folder, number, "opponent", self.rounds.sampling_words(number, opponent=True))
+            words = self.rounds.sampling_words(number, opponent=True)
+            if section.opponent == "mixture":
+                self._draw(policy, folder, number, "opponent", words, mixture_with=other)
+            else:
+                self._draw(other, folder, number, "opponent", words)
 
         def score(folder: Path) -> None:
-            for name in ("samples", "opponent") if section.opponent == "reference" else ("samples",):
+            for name in ("samples", "opponent") if section.opponent != "none" else ("samples",):
                 self._score(folder, number, name)
 
         def pair(folder: Path) -> None:
@@ -208,7 +212,7 @@ class Runner:
             return {"weights": self._checked(number).fingerprint()}
 
         self._stage(number, "sample", sample)
-        if section.opponent == "reference":
+        if section.opponent != "none":
             self._stage(number, "opponent", opponent)
         self._stage(number, "score", score)
         self._stage(number, "pairs", pair)
@@ -224,15 +228,28 @@ class Runner:
 
         return Evaluation(**self._stage(number, "evaluate", held_out))
 
-    def _draw(self, policy: _Policy, folder: Path, number: int, name: str, words: Sequence[str]) -> None:
+    def _draw(
+        self,
+        policy: _Policy,
+        folder: Path,
+        number: int,
+        name: str,
+        words: Sequence[str],
+        mixture_with: _Policy | None = None,
+    ) -> None:
         output = folder / f"{name}.jsonl"
         config = folder / f"{name}.yaml"
-        tree = self.rounds.sample_tree(policy.model, policy.adapter, held_out=name == "held_out")
+        second = None if mixture_with is None else mixture_with.model
+        held_out = name == "held_out"
+        tree = self.rounds.sample_tree(policy.model, policy.adapter, held_out=held_out, mixture_with=second)
         config.write_text(yaml.safe_dump(tree, allow_unicode=True))
         command = ["-m", "align.sample", "--config", str(config), *words, f"--out.output={output}"]
         self._command(folder, number, name, command)
         found = next(stored.read(output)).samples[0].origin.fingerprint
-        if found != policy.fingerprint():
+        wanted = policy.fingerprint()
+        if mixture_with is not None:
+            wanted = mixed(wanted, mixture_with.fingerprint(), self.rounds.section.mixture_coef)
+        if found != wanted:
             raise RunError(
                 f"{output} was drawn from other weights ({found}) than {policy.folder} holds; was the policy changed "
                 "meanwhile? Remove the file and start again"

@@ -27,7 +27,7 @@ from align import settings
 from align.adapters import AdapterInfo, read_adapter, refuse_other_base
 from align.console import quiet_libraries, tell
 from align.errors import RecipeError, RunError
-from align.fingerprints import joined, weights_on_disk
+from align.fingerprints import joined, mixed, weights_on_disk
 from align.prompts import Prompt, Prompts, read_prompts
 from align.sample_settings import SCHEMA, Job, read_job
 from align.samplers import Sampler, api_key, end_tokens, make_sampler
@@ -57,6 +57,10 @@ def run(job: Job, say: Say = print, sampler: Sampler | None = None) -> Path:
     from align import model as models
     from data.chat import template_fingerprint
 
+    if job.model.attn_implementation != "auto" and job.serving.chosen != "transformers":
+        raise RecipeError(f"model.attn_implementation has no effect with engine {job.serving.chosen}; remove it")
+    if job.model.mixture_with is not None and job.serving.chosen != "transformers":
+        raise RecipeError(f"model.mixture_with takes engine transformers, not {job.serving.chosen}; set serving.engine")
     output, n = Path(job.out.output), job.sampling.n
     output.parent.mkdir(parents=True, exist_ok=True)
     adapter = _adapter(job)
@@ -125,6 +129,7 @@ def started(job: Job, tokenizer: Any, adapter: AdapterInfo | None, length: int, 
         max_model_len=length,
         ends=end_tokens(job.model.model_name_or_path, tokenizer),
         seed=job.sampling.seed,
+        mixture=None if job.model.mixture_with is None else (job.model.mixture_with, job.model.mixture_coef),
     )
 
 
@@ -238,6 +243,8 @@ def fingerprint_of(job: Job, adapter: AdapterInfo | None, served: ServerSampler 
         weights_on_disk(job.model.model_name_or_path, job.model.model_revision),
         None if adapter is None else weights_on_disk(adapter.path),
     )
+    if job.model.mixture_with is not None:
+        asked = mixed(asked, weights_on_disk(job.model.mixture_with), job.model.mixture_coef)
     if served is None:
         return asked
     wanted = job.model.adapter_name_or_path or job.model.model_name_or_path

@@ -41,11 +41,22 @@ class SampledModel:
     """File with a Jinja chat template that replaces the tokenizer's."""
     trust_remote_code: bool = False
     """Whether code that comes with the model may be run."""
+    mixture_with: str | None = None
+    """With engine transformers: folder or Hub id of a second model of the same vocabulary. What is sampled is then the
+    geometric mixture of both, ∝ π^(1−c)·π_second^c at every token: the opponent of Nash-MD, arXiv:2312.00886."""
+    mixture_coef: float = 0.5
+    """c, in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        require("mixture_coef", self.mixture_coef, 0 < self.mixture_coef <= 1, "in (0, 1]")
+        if self.mixture_with is None and self.mixture_coef != 0.5:
+            raise ValueError("mixture_coef has no effect without mixture_with; remove it")
 
     @property
     def section(self) -> ModelSection:
         """As a recipe for training would have it."""
-        own = {key: value for key, value in dataclasses.asdict(self).items() if key != "adapter_name_or_path"}
+        others = ("adapter_name_or_path", "mixture_with", "mixture_coef")
+        own = {key: value for key, value in dataclasses.asdict(self).items() if key not in others}
         return ModelSection(**own)
 
 

@@ -99,16 +99,26 @@ class TransformersSampler:
         tokenizer: of the model.
         ends: tokens that end a response.
         batch: sequences computed together.
+        mixture: a second model and its share; see ``align.sampling.draw``.
     """
 
     WINDOW = 16
     """Batches of requests that are sorted by length together."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, ends: set[int], batch: int = 64) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        ends: set[int],
+        batch: int = 64,
+        mixture: tuple[Any, float] | None = None,
+    ) -> None:
         import transformers
 
         self.engine = f"transformers {transformers.__version__}"
         self.model, self.tokenizer, self.ends, self.batch = model, tokenizer, ends, batch
+        self.mixture = mixture
 
     def draw(self, requests: Iterable[Request], how: Sampling) -> Iterator[tuple[int, list[Drawn]]]:
         """See ``Sampler``."""
@@ -122,11 +132,20 @@ class TransformersSampler:
 
     def _draw(self, window: list[Request], how: Sampling) -> Iterator[tuple[int, list[Drawn]]]:
         pad = self.tokenizer.pad_token_id
-        return draw(self.model, window, how, ends=self.ends, pad=pad, tokenizer=self.tokenizer, batch=self.batch)
+        return draw(
+            self.model,
+            window,
+            how,
+            ends=self.ends,
+            pad=pad,
+            tokenizer=self.tokenizer,
+            batch=self.batch,
+            mixture=self.mixture,
+        )
 
     def close(self) -> None:
         """Lets the model go."""
-        self.model = None
+        self.model = self.mixture = None
 
 
 def end_tokens(name: str, tokenizer: Any) -> set[int]:
@@ -148,6 +167,7 @@ def make_sampler(
     max_model_len: int,
     ends: set[int],
     seed: int,
+    mixture: tuple[str, float] | None = None,
 ) -> Sampler:
     """Starts what the settings ask for.
 
@@ -159,6 +179,7 @@ def make_sampler(
         max_model_len: most tokens of prompt and response.
         ends: tokens that end a response.
         seed: of the engine.
+        mixture: a second model and its share, with engine transformers.
     Raises:
         RunError: it can't be started.
     """
@@ -178,6 +199,7 @@ def make_sampler(
             ends=ends,
             options=options,
             seed=seed,
+            trust_remote_code=section.trust_remote_code,
         )
     assert serving.chosen == "transformers", "a server is made by its caller, who has to know what it serves"
     from align import model as models
@@ -198,7 +220,15 @@ def make_sampler(
             ) from None
     import torch
 
-    return TransformersSampler(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, ends=ends)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    second: tuple[Any, float] | None = None
+    if mixture is not None:
+        other = replace(section, model_name_or_path=mixture[0], model_revision="main")
+        loaded: Any = models.load_weights(other, models.load_config(other), models.compute_dtype(other))
+        if loaded.config.get_text_config().vocab_size != config.get_text_config().vocab_size:
+            raise RunError(f"model.mixture_with: {mixture[0]!r} has another vocabulary than the model; name its kin")
+        second = loaded.to(device).eval(), mixture[1]
+    return TransformersSampler(model.to(device), tokenizer, ends=ends, mixture=second)
 
 
 def api_key(serving: ServingSection) -> str | None:

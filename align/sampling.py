@@ -177,6 +177,7 @@ def draw(
     pad: int,
     tokenizer: Any,
     batch: int = 256,
+    mixture: tuple[Any, float] | None = None,
 ) -> Iterator[tuple[int, list[Drawn]]]:
     """Continues prompts with a model of transformers.
 
@@ -191,6 +192,8 @@ def draw(
         pad: any token; nothing attends to it.
         tokenizer: for stop texts.
         batch: sequences computed together.
+        mixture: a second model and its share c: tokens are then drawn from softmax(c·second + (1 − c)·first) of their
+            logits. Log-probs stay those of the first.
     Yields:
         The number of a request and its continuations, in the order in which they are done.
     """
@@ -204,20 +207,27 @@ def draw(
             while order and width + order[-1].n <= batch:
                 width += order[-1].n
                 chosen.append(order.pop())
-            yield from _generated(model, chosen, how, ends, pad, tokenizer)
+            yield from _generated(model, chosen, how, ends, pad, tokenizer, mixture)
     finally:
         model.train(was_training)
 
 
 def _generated(
-    model: Any, requests: Sequence[Request], how: Sampling, ends: set[int], pad: int, tokenizer: Any
+    model: Any,
+    requests: Sequence[Request],
+    how: Sampling,
+    ends: set[int],
+    pad: int,
+    tokenizer: Any,
+    mixture: tuple[Any, float] | None,
 ) -> Iterator[tuple[int, list[Drawn]]]:
     rows = [request.prompt for request in requests for _ in range(request.n)]
     seeds = [request.seed + i for request in requests for i in range(request.n)]
     width = max(map(len, rows))
     inputs = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    choose = _Choose(how, seeds)
+    second = None if mixture is None else _Second(mixture[0], mixture[1], mask)
+    choose = _Choose(how, seeds, second)
     # Not the model's own configuration, which may ask for penalties.
     config = GenerationConfig(
         max_new_tokens=max(request.max_tokens for request in requests),
@@ -271,14 +281,34 @@ class _Stop(StoppingCriteria):
         return torch.tensor(found, device=input_ids.device)
 
 
+class _Second:
+    """A second model that reads along, token by token."""
+
+    def __init__(self, model: Any, share: float, mask: Tensor) -> None:
+        self.model, self.share, self.mask = model, share, mask
+        self.cache: Any = None
+
+    def mixed(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Logits of the geometric mixture, up to a constant; (row, vocab)."""
+        new = input_ids if self.cache is None else input_ids[:, -1:]
+        if self.cache is not None:
+            self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -new.shape[1] :]
+        output = self.model(
+            input_ids=new, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache, use_cache=True
+        )
+        self.cache = output.past_key_values
+        return self.share * output.logits[:, -1].float() + (1 - self.share) * scores.float()
+
+
 class _Choose:
     """Chooses each row's next token with the row's own generator, and notes its log-probability.
 
     By the Gumbel-max trick: the largest of log p + g, with g = −log E and E exponential, is a draw from p.
     """
 
-    def __init__(self, how: Sampling, seeds: Sequence[int]) -> None:
-        self.how = how
+    def __init__(self, how: Sampling, seeds: Sequence[int], second: _Second | None = None) -> None:
+        self.how, self.second = how, second
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.logprobs: list[Tensor] = []
         self.warpers: list[Any] = []
@@ -294,6 +324,8 @@ class _Choose:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores of which only the chosen token's is finite; (row, vocab)."""
         logps = torch.log_softmax(scores.float(), dim=-1)
+        if self.second is not None:
+            scores = self.second.mixed(input_ids, scores)
         if self.how.temperature == 0:
             chosen = scores.argmax(dim=-1)
         else:

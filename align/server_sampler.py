@@ -164,8 +164,15 @@ class ServerSampler:
                 if response.status_code < 400:
                     return response.json()
                 problem = f"{response.status_code}: {_message(response)}"
+                if response.status_code in (401, 403):
+                    raise RunError(
+                        f"{self.url} refuses the key ({problem}); set serving.api_key_env to the one it takes"
+                    )
                 if response.status_code < 500 and response.status_code != 429:
-                    break  # asking again would not help
+                    raise RunError(
+                        f"{self.url}{path} refuses a request ({problem}). What is finished is kept: mend the settings "
+                        "or the server, and start again to go on"
+                    )
             except (httpx.HTTPError, ValueError) as error:
                 problem = " ".join(str(error).split()) or type(error).__name__
             if pause is not None:

@@ -71,6 +71,7 @@ class VllmSampler:
         ends: tokens that end a response.
         options: further arguments of ``vllm.LLM``.
         seed: of the engine; requests have seeds of their own.
+        trust_remote_code: whether code that comes with the model may be run.
     Raises:
         RunError: vLLM can't be started with these.
     """
@@ -87,6 +88,7 @@ class VllmSampler:
         ends: set[int],
         options: Mapping[str, Any],
         seed: int = 0,
+        trust_remote_code: bool = False,
     ) -> None:
         version = require_version(installed())
         _prepare_environment()
@@ -106,6 +108,7 @@ class VllmSampler:
             "generation_config": "vllm",  # not the model's own settings, which may ask for penalties
             "disable_log_stats": True,
             "seed": seed,
+            "trust_remote_code": trust_remote_code,
         }
         if on_cpu:
             # Where a prompt is read in parts, vLLM sets the generators of seeded requests back, which those of CPUs

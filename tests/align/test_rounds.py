@@ -177,10 +177,10 @@ def test_a_stage_that_fails_says_why(world: Path):
 
 
 @pytest.mark.all
-@pytest.mark.parametrize("name", ["xpo", "nash_md"])
-def test_rounds_against_the_reference(world: Path, name: str):
+@pytest.mark.parametrize(("name", "opponent"), [("xpo", "reference"), ("nash_md", "mixture")])
+def test_rounds_against_an_opponent(world: Path, name: str, opponent: str):
     recipe = f"--run.recipe={REPOSITORY / 'launch' / 'recipes' / f'{name}.yaml'}"
-    given = words(world, recipe, "--run.opponent=reference", "--run.reference=initial", "--run.rounds=2")
+    given = words(world, recipe, f"--run.opponent={opponent}", "--run.reference=initial", "--run.rounds=2")
     overrides = json.dumps(["--learning_rate=1e-4", "--rows_per_step=16", "--eval_share=0"])
     given = [f"--run.overrides={overrides}" if word.startswith("--run.overrides") else word for word in given]
     measured = Runner(read_rounds(None, given), say=lambda line: None).run()
@@ -190,8 +190,10 @@ def test_rounds_against_the_reference(world: Path, name: str):
         assert {row["chosen_by"] for row in rows} == {"policy", "reference"}
     else:
         assert len({row["preference"] for row in rows}) > 5
-    opponent = next(stored.read(world / "out" / "round-2" / "opponent.jsonl")).samples[0].origin.model
-    assert opponent == str(POLICY)
+    origin = next(stored.read(world / "out" / "round-2" / "opponent.jsonl")).samples[0].origin
+    assert ("~0.5*files:" in origin.fingerprint) == (opponent == "mixture")
+    before = str(world / "out" / "round-1" / "train")
+    assert origin.model == (before if opponent == "mixture" else str(POLICY))
 
 
 def test_other_settings_are_not_mixed_in(world: Path):
@@ -316,6 +318,7 @@ def test_patience(scores: list[float], stops: bool):
         (["--run.reference=initial"], ["--objective=simpo"], "simpo needs no reference model"),
         (["--run.opponent=reference"], [], r"run\.opponent has no effect: dpo reads nothing of an opponent"),
         (["--serving.engine=server", "--base_url=http://x"], [], "serves one policy, and every round samples another"),
+        (["--run.mixture_coef=0.3"], [], "mixture_coef has no effect without opponent mixture"),
         (["--rows.margin=1"], [], "margin has no effect with kind scored"),
         (["--learning_rate=1"], [], r"here it is run\.overrides"),
     ],

@@ -107,6 +107,69 @@ def test_tokens_are_drawn_from_the_distribution_asked_for(tmp_path: Path, keys: 
         assert abs(counts[token] - 4000 * probability) <= 5 * spread + 1e-9
 
 
+@pytest.mark.parametrize("share", [0.5, 0.2, 1.0])
+def test_the_geometric_mixture_of_two_models(tmp_path: Path, share: float):
+    """First and second tokens of 4,000 samples against softmax(c·second + (1 − c)·first), found without a cache."""
+    models = []
+    for seed in (0, 1):
+        save_model(tmp_path / f"{seed}", seed=seed)
+        model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / f"{seed}", dtype=torch.float32)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(40)  # far from uniform, and from each other
+        models.append(model)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "0")
+
+    def logits(ids: tuple[int, ...]) -> list[np.ndarray]:
+        with torch.no_grad():
+            return [m(input_ids=torch.tensor([ids])).logits[0, -1].double().numpy() for m in models]
+
+    def mixed(ids: tuple[int, ...]) -> np.ndarray:
+        first, second = logits(ids)
+        p = np.exp(share * second + (1 - share) * first - (share * second + (1 - share) * first).max())
+        return p / p.sum()
+
+    prompts = [(40, 50, 90), (7, 8, 9, 10, 11, 12)]  # of unequal lengths: one is padded
+    requests = [Request(number=i, prompt=ids, n=4000, max_tokens=2, seed=10**6 * i) for i, ids in enumerate(prompts)]
+    mixture = (models[1].eval(), share)
+    found = dict(
+        draw(models[0], requests, Sampling(), ends={1}, pad=0, tokenizer=tokenizer, batch=8000, mixture=mixture)
+    )
+    for number, prompt in enumerate(prompts):
+        firsts = Counter(each.token_ids[0] for each in found[number])
+        agree(firsts, mixed(prompt), 4000)
+        likeliest = next(token for token, _ in firsts.most_common() if token != 1)
+        after = [each.token_ids[1] for each in found[number] if each.token_ids[0] == likeliest]
+        agree(Counter(after), mixed((*prompt, likeliest)), len(after))
+        sample = found[number][0]
+        policy = [torch.log_softmax(torch.tensor(logits((*prompt, *sample.token_ids[:i]))[0]), -1) for i in range(2)]
+        wanted = sum(float(policy[i][token]) for i, token in enumerate(sample.token_ids))
+        assert sample.logprob == pytest.approx(wanted, abs=1e-3), "log-probs are the first model's"
+
+
+def agree(counts: Counter[int], wanted: np.ndarray, number: int) -> None:
+    for token, probability in enumerate(wanted):
+        spread = math.sqrt(number * probability * (1 - probability))
+        assert abs(counts[token] - number * probability) <= 5 * spread + 2
+
+
+def test_a_mixture_is_told_from_its_parts(world: Path):
+    save_model(world / "other")
+    with pytest.raises(RunError, match="has another vocabulary than the model"):
+        sampled(world, f"--mixture_with={world / 'other'}", output="no.jsonl")
+    save_adapter(world / "adapter")
+    merged = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(POLICY, dtype=torch.float32), str(world / "adapter")
+    ).merge_and_unload()  # type: ignore[operator]
+    merged.save_pretrained(world / "second")
+    mixture = sampled(world, f"--mixture_with={world / 'second'}", "--mixture_coef=0.9", output="mixed.jsonl")
+    plain = sampled(world)
+    assert mixture[0].samples[0].origin.fingerprint.startswith(plain[0].samples[0].origin.fingerprint + "~0.9*files:")
+    drawn = [[s.token_ids for group in groups for s in group.samples] for groups in (mixture, plain)]
+    assert drawn[0] != drawn[1]
+    with pytest.raises(RecipeError, match="mixture_with takes engine transformers, not vllm"):
+        sampled(world, f"--mixture_with={world / 'second'}", "--engine=vllm", output="no.jsonl")
+
+
 def probabilities(logits: np.ndarray, how: Sampling) -> np.ndarray:
     """Temperature, the top k, the smallest set of probability top_p, then what is at least min_p of the best."""
     logits = logits / how.temperature
@@ -306,6 +369,7 @@ def test_settings_that_can_t_be_meant_are_one_sentence(world: Path, words: list[
         ([{"prompt": "x"}], ["--keep=[anser]"], "data.keep names the column 'anser', which is not there"),
         ([{"prompt": "x"}], ["--model_name_or_path=nowhere/at_all"], "can't load"),
         ([{"prompt": "x"}], ["--adapter_name_or_path=nowhere"], "no adapter there"),
+        ([{"prompt": "x"}], ["--engine=vllm", "--attn_implementation=eager"], "no effect with engine vllm; remove it"),
         ([{"prompt": "x"}], ["--max_model_len=9999"], "exceeds the model's context of 256 tokens"),
     ],
     ids=str,
@@ -498,7 +562,8 @@ def test_a_server_in_trouble_is_asked_again(world: Path):
 @pytest.mark.parametrize(
     ("trouble", "says"),
     [
-        ([400], "400: no such luck"),
+        ([400], r"refuses a request \(400: no such luck\)"),
+        ([401], r"refuses the key \(401: no such luck\); set serving\.api_key_env"),
         ([500] * 60, "500: no such luck"),
         (["hang up"] * 60, "does not answer"),
         (["too few"], "gave 2 of 3 responses"),

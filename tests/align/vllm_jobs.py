@@ -30,10 +30,10 @@ def qalign(folder: Path, sampler: VllmSampler) -> None:
     """Chains on the running engine: prefixes of responses, continued."""
     command.started = lambda *_: sampler  # type: ignore[assignment]
     words = [f"--model_name_or_path={POLICY}", f"--dataset_name={folder / 'prompts.jsonl'}", "--max_tokens=40"]
-    words += [f"--answer.output={folder / 'qalign.jsonl'}", "--scorers=world_answer", "--strategy=qalign"]
-    answer.run(
-        answer.read_answer(None, [*words, "--engine=vllm", "--steps=12", "--strategy.beta=0.2", "--max_rows=12"])
-    )
+    words += ["--scorers=world_answer", "--strategy=qalign", "--engine=vllm", "--steps=12"]
+    for beta in (0.1, 1000.0):
+        output = folder / f"qalign-{beta}.jsonl"
+        answer.run(answer.read_answer(None, [*words, f"--answer.output={output}", f"--strategy.beta={beta}"]))
 
 
 def in_process(folder: Path) -> None:

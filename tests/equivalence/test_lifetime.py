@@ -306,3 +306,33 @@ def test_another_number_of_processes_goes_on_with_the_same_rows(folder: Path, ca
         assert mine["step"] == others["step"]
         for key, value in others.items():
             assert mine[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_under_two_processes(folder: Path):
+    """One sentence, no half a checkpoint, and with room again the run goes on."""
+    script = folder / "full.py"
+    script.write_text(
+        "import errno, os, sys\n"
+        "import align.trainer as trainer\n"
+        "def full(folder):\n"
+        "    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))\n"
+        "trainer.write_manifest = full\n"
+        "from align.train import main\n"
+        "sys.exit(main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(script), *command(folder, "run")],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if "no space left in" in line]
+    assert len(said) == 1, done.stderr[-3000:]
+    assert said[0].startswith("error: ")
+    assert not list((folder / "run").glob("checkpoint-*"))
+    assert main(command(folder, "run", "--resume_from_checkpoint=auto")) == 0
+    assert (folder / "run" / "model.safetensors").is_file()
