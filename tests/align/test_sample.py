@@ -160,7 +160,7 @@ def test_a_mixture_is_told_from_its_parts(world: Path):
     merged = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(POLICY, dtype=torch.float32), str(world / "adapter")
     ).merge_and_unload()  # type: ignore[operator]
-    merged.save_pretrained(world / "second")
+    merged.save_pretrained(str(world / "second"))
     mixture = sampled(world, f"--mixture_with={world / 'second'}", "--mixture_coef=0.9", output="mixed.jsonl")
     plain = sampled(world)
     assert mixture[0].samples[0].origin.fingerprint.startswith(plain[0].samples[0].origin.fingerprint + "~0.9*files:")
