@@ -25,10 +25,10 @@ quickstart: $(READY)
 	$(BIN)/python -m launch.quickstart
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto -m "not all"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not all"
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-versions: $(READY)
 	bash launch/test_versions.sh
@@ -37,7 +37,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -n auto -m "not slow and not all"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not all"
 
 bench: $(READY)
 	$(BIN)/python -m launch.bench.vs_trl --table --into docs/performance.json

@@ -263,6 +263,7 @@ def test_a_judge_on_a_vllm_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert all("verdict" in each.reason for each in nonsense if each.score is None)
 
 
+@pytest.mark.all
 def test_copies_share_the_prompts(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for key in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_NO_USAGE_STATS", "VLLM_LOGGING_LEVEL"):
         monkeypatch.setenv(key, ENVIRONMENT[key])
