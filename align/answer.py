@@ -23,7 +23,7 @@ from align import samples as stored
 from align import settings
 from align.answers import Answer, answered, write
 from align.chains import QAlign, run_chains
-from align.console import quiet_libraries, tell
+from align.console import quiet_libraries
 from align.errors import RecipeError, RunError
 from align.groups import group_samples
 from align.keys import Schema
@@ -35,7 +35,6 @@ from align.sampling import Sampling
 from align.scores import SCORERS, SampleScore, read_scores, score_file
 from align.selection import SELECTIONS, Choice
 from align.typed import Entry
-from data.errors import DataError
 from objectives import RELABELERS, REWARD_TRANSFORMS
 from objectives.registry import Registry
 
@@ -222,22 +221,15 @@ def read_answer(config: str | None, words: Sequence[str]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Answers; returns the exit status: 0, 2 after one sentence on what is wrong, 130 after Ctrl-C."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or "--help" in words or "-h" in words:
-        print(settings.usage(__doc__, SCHEMA))
-        return 0
-    try:
-        found = read_answer(*settings.split_config(words, SCHEMA.example))
+    """Answers; see ``align.settings.command``."""
+
+    def do(config: str | None, words: list[str]) -> None:
+        found = read_answer(config, words)
         quiet_libraries()
-        run(found, say=lambda line: print(line, flush=True))
-    except (RecipeError, DataError, RunError) as error:
-        tell(f"error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        tell("stopped; what was sampled and scored is kept (chains of qalign are not)")
-        return 130
-    return 0
+        run(found, say=settings.say)
+
+    kept = "stopped; what was sampled and scored is kept (chains of qalign are not)"
+    return settings.command(arguments, __doc__, SCHEMA, do, stopped=kept)
 
 
 if __name__ == "__main__":

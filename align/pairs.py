@@ -20,8 +20,6 @@ from typing import Any, Literal
 
 from align import samples as stored
 from align import settings
-from align.console import tell
-from align.errors import RecipeError, RunError
 from align.keys import Schema
 from align.samples import Group, Sample
 from align.score_lines import SampleScore, read_scores
@@ -315,18 +313,12 @@ def run(how: PairsSection, say: Callable[[str], None] = print) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Makes the dataset; returns the exit status: 0, or 2 after one sentence on what is wrong."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or "--help" in words or "-h" in words:
-        print(settings.usage(__doc__, SCHEMA))
-        return 0
-    try:
-        found = settings.read_settings(*settings.split_config(words, SCHEMA.example), SCHEMA)
-        run(found["pairs"])
-    except (RecipeError, RunError, DataError) as error:
-        tell(f"error: {error}")
-        return 2
-    return 0
+    """Makes the dataset; see ``align.settings.command``."""
+
+    def do(config: str | None, words: list[str]) -> None:
+        run(settings.read_settings(config, words, SCHEMA)["pairs"])
+
+    return settings.command(arguments, __doc__, SCHEMA, do, stopped="stopped; nothing was written")
 
 
 if __name__ == "__main__":

@@ -23,14 +23,12 @@ import yaml
 
 from align import samples as stored
 from align import settings
-from align.console import tell
 from align.errors import RecipeError, RunError
 from align.fingerprints import joined, mixed, weights_on_disk
 from align.prompts import read_prompts
 from align.round_results import Evaluation, evaluate, table
 from align.round_settings import SCHEMA, Rounds, read_rounds, training_tree
 from align.saving import STARTED
-from data.errors import DataError
 from data.files import write_atomically
 
 STATE = "state.json"
@@ -318,18 +316,12 @@ def _ended_together(process: subprocess.Popen[Any]) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs rounds; returns the exit status: 0, or 2 after one sentence on what is wrong."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or "--help" in words or "-h" in words:
-        print(settings.usage(__doc__, SCHEMA))
-        return 0
-    try:
-        rounds = read_rounds(*settings.split_config(words, SCHEMA.example))
-        Runner(rounds, say=lambda line: print(line, flush=True)).run()
-    except (RecipeError, RunError, DataError) as error:
-        tell(f"error: {error}")
-        return 2
-    return 0
+    """Runs rounds; see ``align.settings.command``."""
+
+    def do(config: str | None, words: list[str]) -> None:
+        Runner(read_rounds(config, words), say=settings.say).run()
+
+    return settings.command(arguments, __doc__, SCHEMA, do)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from align import samples as stored
 from align import settings
 from align.adapters import AdapterInfo, read_adapter, refuse_other_base
-from align.console import quiet_libraries, tell
+from align.console import quiet_libraries
 from align.errors import RecipeError, RunError
 from align.fingerprints import joined, mixed, weights_on_disk
 from align.prompts import Prompt, Prompts, read_prompts
@@ -34,7 +34,6 @@ from align.samplers import Sampler, api_key, end_tokens, make_sampler
 from align.samples import Origin, Sample
 from align.sampling import Drawn, Request, decoded, encoded, spread, without_end
 from align.server_sampler import ServerSampler
-from data.errors import DataError
 from data.files import write_atomically
 
 Say = Callable[[str], None]
@@ -344,22 +343,14 @@ def _write_report(output: Path, prompts: Prompts, too_long: Sequence[int]) -> No
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Samples; returns the exit status: 0, 2 after one sentence on what is wrong, 130 after Ctrl-C."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or "--help" in words or "-h" in words:
-        print(settings.usage(__doc__, SCHEMA))
-        return 0
-    try:
-        job = read_job(*settings.split_config(words, SCHEMA.example))
+    """Samples; see ``align.settings.command``."""
+
+    def do(config: str | None, words: list[str]) -> None:
+        job = read_job(config, words)
         quiet_libraries()
-        print(f"wrote {run(job, say=lambda line: print(line, flush=True))}")
-    except (RecipeError, DataError, RunError) as error:
-        tell(f"error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
-        return 130
-    return 0
+        settings.say(f"wrote {run(job, say=settings.say)}")
+
+    return settings.command(arguments, __doc__, SCHEMA, do)
 
 
 if __name__ == "__main__":

@@ -26,14 +26,13 @@ import xxhash
 
 from align import judges, reward_scorer, settings, verifiers, world_scorers  # noqa: F401  # registers scorers
 from align.combining import Combiner, combine
-from align.console import quiet_libraries, tell
-from align.errors import RecipeError, RunError
+from align.console import quiet_libraries
+from align.errors import RunError
 from align.keys import Schema
 from align.samples import Group, read
 from align.saving import explained
 from align.score_lines import SampleScore, append, mend, read_scores
 from align.scorers import SCORERS, Scored, Scorer
-from data.errors import DataError
 from data.rescoring import check_transforms, name_of
 from objectives import REWARD_TRANSFORMS
 from objectives.reward_transforms import RewardTransform
@@ -352,25 +351,16 @@ SCHEMA = Schema(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Scores; returns the exit status: 0, 2 after one sentence on what is wrong, 130 after Ctrl-C."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or "--help" in words or "-h" in words:
-        print(settings.usage(__doc__, SCHEMA))
-        return 0
-    try:
-        found = settings.read_settings(*settings.split_config(words, SCHEMA.example), SCHEMA)
+    """Scores; see ``align.settings.command``."""
+
+    def do(config: str | None, words: list[str]) -> None:
+        found = settings.read_settings(config, words, SCHEMA)
         quiet_libraries()
         files: FilesSection = found["files"]
         transforms = [entry.built for entry in found["reward_transforms"]]
-        samples, output = Path(files.samples), Path(files.output)
-        score_file(samples, output, found["scorers"], transforms, lambda line: print(line, flush=True))
-    except (RecipeError, RunError, DataError) as error:
-        tell(f"error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        tell("stopped; the same command goes on from here")
-        return 130
-    return 0
+        score_file(Path(files.samples), Path(files.output), found["scorers"], transforms, settings.say)
+
+    return settings.command(arguments, __doc__, SCHEMA, do)
 
 
 if __name__ == "__main__":

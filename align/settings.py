@@ -7,7 +7,8 @@ written without it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,15 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from align.command_line import is_text, pairs, place
-from align.errors import RecipeError
+from align.console import tell
+from align.errors import RecipeError, RunError
 from align.keys import Schema, check_keys
 from align.typed import Entry, entries, section
+from data.errors import DataError
 from objectives.registry import defaults, field_docs
+
+MOST_IN_FULL = 12
+"""Registered entries whose keys ``--help`` lists; of more it gives the names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,9 +138,59 @@ def usage(about: str | None, schema: Schema) -> str:
         lines += ["", f"{name}: {(cls.__doc__ or '').splitlines()[0]}"]
         docs = field_docs(cls)
         for key, value in defaults(cls).items():
-            default = value if value == "required" else f"default {value!r}"
-            lines += [f"  --{name}.{key} ({default})", f"      {docs[key]}"]
+            lines += [f"  --{name}.{key} ({_default(value)})", f"      {docs[key]}"]
+    for kind, registry in schema.named.items():
+        lines += ["", f"{kind}: a name, {{name: …, key: …}}, or a list of these: {', '.join(registry.names())}"]
+        if len(registry.names()) > MOST_IN_FULL:
+            continue  # lists of their own: python -m objectives
+        for name in registry.names():
+            cls = registry[name]
+            lines += [f"  {name}: {(cls.__doc__ or '').splitlines()[0]}"]
+            docs = field_docs(cls)
+            lines += [f"      {key} ({_default(value)}): {docs[key]}" for key, value in defaults(cls).items()]
     return "\n".join(lines)
+
+
+def _default(value: Any) -> str:
+    return "required" if value == "required" else f"default {value!r}"
+
+
+def command(
+    arguments: Sequence[str] | None,
+    about: str | None,
+    schema: Schema,
+    do: Callable[[str | None, list[str]], None],
+    stopped: str = "stopped; the same command goes on from here",
+) -> int:
+    """A command's ``main``.
+
+    Args:
+        arguments: of the command line; None takes the process's own.
+        about: docstring of the module, shown by ``--help``.
+        schema: which keys there are.
+        do: takes the recipe's path and the other words.
+        stopped: said after Ctrl-C.
+    Returns:
+        The exit status: 0, 2 after one sentence on what is wrong, 130 after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or "--help" in words or "-h" in words:
+        print(usage(about, schema))
+        return 0
+    try:
+        do(*split_config(words, schema.example))
+    except (RecipeError, RunError, DataError) as error:
+        tell(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        tell(stopped)
+        return 130
+    return 0
+
+
+def say(line: str) -> None:
+    """Prints a line at once, also where the output is a file."""
+    print(line, flush=True)
 
 
 def _load(path: Path, schema: Schema) -> dict[str, Any]:

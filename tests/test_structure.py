@@ -18,6 +18,7 @@ import pytest
 
 from align.recipe import read_recipe
 from align.settings import read_settings
+from objectives.registry import defaults
 from tests.support import REPOSITORY
 
 MAY_IMPORT = {
@@ -206,3 +207,15 @@ def test_what_counts_as_a_place_on_a_machine():
         assert MACHINE_PATH.search(f'"/{place}/x"')
     for text in ("frame/work/x", "https://example.com/root/x", "~/work/x", "a root / work"):
         assert not MACHINE_PATH.search(text)
+
+
+@pytest.mark.parametrize("name", ["sample", "scores", "pairs", "answer", "rounds"])
+def test_help_lists_every_key(name, capsys):
+    module = importlib.import_module(f"align.{name}")
+    assert module.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    for section, cls in module.SCHEMA.sections.items():
+        assert all(f"--{section}.{key} (" in said for key in defaults(cls))
+    for registry in module.SCHEMA.named.values():
+        for entry in registry.names():
+            assert all(f"{key} (" in said for key in defaults(registry[entry])), entry
