@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -29,7 +30,8 @@ STARTED = ".started"
 
 LEFT_BY_RUNS = (
     "checkpoint-*", "abandoned-checkpoint-*", PARTIAL, STARTED, RECIPE,
-    "metrics.jsonl", "results.json", "report.html", "README.md", ".eval_results",
+    "metrics.jsonl", "results.json", "report.html", "README.md", "card.json", "card", ".eval_results",
+    "trackers.json", "tensorboard", "wandb",
     "data_report.json", "checks.json", "forecast.json", "example.txt", "resumes.json", "runs", "training_args.bin",
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.*", "vocab.*", "merges.txt",
@@ -40,13 +42,17 @@ MAY_DIFFER = {
     "train": {
         "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "allow_recipe_change", "ddp_timeout",
         "save_strategy", "save_steps",
-        "save_total_limit", "token_budget", "gradient_checkpointing",
-        "report_to", "run_name", "dataloader_num_workers", "eval_strategy", "eval_steps",
+        "save_total_limit", "async_save", "token_budget", "gradient_checkpointing",
+        "report_to", "run_name", "project", "dataloader_num_workers", "eval_strategy", "eval_steps",
     },
-    "hub": {"push_to_hub", "hub_model_id", "hub_private_repo"},
+    "hub": {
+        "push_to_hub", "hub_model_id", "hub_private_repo", "push_samples", "license", "language", "tags",
+    },
     "data": {"max_dropped_share"},
 }  # fmt: skip
 """Keys of a recipe that a resumed run may change, because no number depends on them."""
+AFTERWARDS = ("evals", "serving")
+"""Sections that say what is measured once the weights are final."""
 
 
 NEVER_DIFFERS = ("model.", "lora", "train.optim")
@@ -175,9 +181,7 @@ def refuse_other_recipe(folder: Path, resolved: Mapping[str, Any], *, allowed: b
     if not isinstance(stored, Mapping):
         raise RunError(f"the checkpoint {folder} is damaged: it has no {RECIPE} to compare with; {_another(folder)}")
     differing = [
-        f"{path} was {was!r}, is {now!r}"
-        for path, was, now in _differences(stored, resolved)
-        if path.split(".")[-1] not in MAY_DIFFER.get(path.split(".")[0], set())
+        f"{path} was {was!r}, is {now!r}" for path, was, now in _differences(stored, resolved) if not _free(path)
     ]
     plateau = resolved["train"]["lr_scheduler_type"] == "reduce_lr_on_plateau"  # which keeps its own learning rate
     never = (*NEVER_DIFFERS, "train.lr_scheduler_type", *(["train.learning_rate"] if plateau else []))
@@ -193,6 +197,11 @@ def refuse_other_recipe(folder: Path, resolved: Mapping[str, Any], *, allowed: b
             "these changes with --allow_recipe_change"
         )
     return differing
+
+
+def _free(path: str) -> bool:
+    section, key = path.split(".")[0], path.split(".")[-1]
+    return section in AFTERWARDS or key in MAY_DIFFER.get(section, set())
 
 
 def refuse_other_rows(folder: Path, fingerprint: str) -> None:
@@ -310,6 +319,16 @@ def require_space(output_dir: Path, needed: int, what: str) -> None:
         raise RunError(
             f"{output_dir} has {_size(free)} left and {what} need about {_size(needed)}; free some, choose another "
             "output_dir, or lower train.save_total_limit"
+        )
+
+
+def require_memory(needed: float) -> None:
+    """Raises ``RunError`` unless this machine has ``needed`` bytes of memory left for copies of a checkpoint."""
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise RunError(
+            f"train.async_save copies checkpoints of {_size(round(needed))} into host memory, of which "
+            f"{_size(free)} are left; leave it out, or train an adapter (lora)"
         )
 
 

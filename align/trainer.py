@@ -6,7 +6,8 @@ What is overridden, and why:
                          because data-parallel engines average gradients over ranks
   evaluate               per-pair log-probs of held-out rows, with intervals
   log                    sums and counts since the last line, over all ranks
-  _save_checkpoint       checkpoints appear complete or not at all
+  _save_checkpoint       checkpoints appear complete or not at all; they may be written in the background
+  train                  ends when the last of them is written
   _run_epoch             no step after the last one
   _prepare_for_training  start-up checks and the reference pass need the wrapped model
 The underscored ones are private to transformers, which is why its version is pinned; equivalence tests are the alarm.
@@ -19,12 +20,14 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.distributed
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -38,6 +41,7 @@ from align.lifetime import StopSignal, Watchdog
 from align.logps import HeadExtras
 from align.meter import Meter
 from align.saving import PARTIAL, RECIPE, STATE, explained, publish, write_manifest
+from align.writing import BackgroundWriter, HostCopies
 from data.loader import PlannedBatches
 from data.pack import PackedBatch
 from objectives import Leg, LegBatch, Mean, Mixture, Output, Term, Weighting
@@ -115,6 +119,8 @@ class ObjectiveTrainer(Trainer):
         self.rows_seen = self.tokens_seen = 0
         self._step_losses: list[tuple[PackedBatch, Tensor]] = []
         self._saving = False
+        self.writer: BackgroundWriter | None = None
+        """What writes checkpoints while training goes on; None where it waits for them."""
         super().__init__(
             model=model,
             args=args,
@@ -546,38 +552,76 @@ class ObjectiveTrainer(Trainer):
         folder = super()._get_output_dir(trial)
         return str(Path(folder) / PARTIAL) if self._saving else folder
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does it; a checkpoint that is being written is complete before this ends, however it ends."""
+        try:
+            result = super().train(*args, **kwargs)
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first fault is the one to tell
+                self.finish_writing()
+            raise
+        self.finish_writing()
+        return result
+
+    def finish_writing(self) -> None:
+        """Waits for the write under way, if there is one.
+
+        Raises:
+            RunError: it failed.
+        """
+        if self.writer is not None:
+            self.note(f"waiting until {self.writer.writing} is written")
+            self.writer.wait()
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes beside the run, then renames: a crash leaves the former checkpoints and no half one."""
-        run_dir = self.run_dir
+        self.finish_writing()  # one at a time
         name = f"checkpoint-{self.state.global_step}"
         self.note(f"writing {name}")
         meter = self.meter.state_dict(self.sum_over_ranks)
+        later = None if self.writer is None else HostCopies(self.writer.group)
         self._saving = True
         try:
-            with explained(run_dir):
-                self._write_checkpoint(model, trial, name, meter)
-        except Exception:
-            shutil.rmtree(run_dir / PARTIAL, ignore_errors=True)
-            raise
+            with self._tidied(), contextlib.nullcontext() if later is None else later.taking():
+                super()._save_checkpoint(model, trial)
+                if self.moving_reference is not None:
+                    write = save_file if later is None else later.keep
+                    folder = self.run_dir / PARTIAL / name
+                    self.moving_reference.save(folder, write if self.args.should_save else None)
         finally:
             self._saving = False
-        self.accelerator.wait_for_everyone()
+        state = json.dumps(self._state_to_json() | {"meter": meter})
+        if self.writer is None or later is None:
+            self._complete(name, state, lambda: None, self.accelerator.wait_for_everyone)
+        else:
+            self.writer.start(name, partial(self._complete, name, state, later.write, self.writer.meet))
 
-    def _write_checkpoint(self, model: nn.Module, trial: Any, name: str, meter: dict[str, Any]) -> None:
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
+    def _complete(self, name: str, state: str, write: Callable[[], None], meet: Callable[[], None]) -> None:
+        """Makes a checkpoint of what lies beside the run, or will when ``write`` has written it."""
         run_dir = self.run_dir
-        partial = run_dir / PARTIAL / name
-        if self.moving_reference is not None:
-            self.moving_reference.save(partial, write=self.args.should_save)
-        if self.args.should_save:
-            (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle of settings the recipe holds anyway
-            (partial / STATE).write_text(json.dumps(self._state_to_json() | {"meter": meter}))
-            (partial / RECIPE).write_text(self.recipe_yaml)
-            write_manifest(partial)
-            publish(partial, run_dir / name)
-            partial.parent.rmdir()
-            rotate_checkpoints(str(run_dir), save_total_limit=self.args.save_total_limit)
+        with self._tidied():
+            write()
+            meet()
+            if self.args.should_save:
+                folder = run_dir / PARTIAL / name
+                (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle of settings the recipe holds anyway
+                (folder / STATE).write_text(state)
+                (folder / RECIPE).write_text(self.recipe_yaml)
+                write_manifest(folder)
+                publish(folder, run_dir / name)
+                folder.parent.rmdir()
+                rotate_checkpoints(str(run_dir), save_total_limit=self.args.save_total_limit)
+        meet()  # no process begins another one, or looks for this one, before it is there
+
+    @contextlib.contextmanager
+    def _tidied(self) -> Iterator[None]:
+        """Explains what comes of the disk, and leaves no half a checkpoint."""
+        try:
+            with explained(self.run_dir):
+                yield
+        except Exception:
+            shutil.rmtree(self.run_dir / PARTIAL, ignore_errors=True)
+            raise
 
     def _state_to_json(self) -> dict[str, Any]:
         return {
@@ -653,10 +697,13 @@ class _Bookkeeping(TrainerCallback):
         trainer.batches.set_epoch(state.global_step // trainer.batches.plan.steps_per_epoch)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Moves the reference; logs the last step, whatever ``logging_steps`` is: a short run has numbers too."""
+        """Moves the reference, and looks whether a write has failed; logs the last step, whatever ``logging_steps``
+        is: a short run has numbers too."""
         moving = self.trainer.moving_reference
         if moving is not None:
             moving.after_step(state.global_step, self.trainer.unwrapped)
+        if self.trainer.writer is not None:
+            self.trainer.writer.look()
         if state.global_step >= state.max_steps:
             control.should_log = True
         elif self.trainer.stopping:
