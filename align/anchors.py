@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from align.engines import gathered, in_full, like, put_back, size
@@ -95,22 +95,23 @@ class MovingReference:
                 self.rule.sync(own[name], value)
         return True
 
-    def save(self, folder: Path, *, write: bool) -> None:
+    def save(self, folder: Path, write: Callable[[dict[str, Tensor], Path], object] | None) -> None:
         """Writes the reference into a checkpoint. Shared (tied) weights are one parameter and written once.
 
         Args:
             folder: of the checkpoint.
-            write: on one process. All have to call this, because each may hold a part.
+            write: takes copies of the weights and their file; None on all processes but one. All have to call this,
+                because each may hold a part.
         """
         put_back(self.reference)
         weights: dict[str, Tensor] = {}
         for name, value in self.reference.named_parameters():
             with gathered(value):
                 whole = in_full(value.detach())
-                if write:
+                if write is not None:
                     weights[name] = whole.to("cpu", copy=True).contiguous()
-        if write:
-            save_file(weights, folder / REFERENCE_FILE)
+        if write is not None:
+            write(weights, folder / REFERENCE_FILE)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:

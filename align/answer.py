@@ -27,7 +27,7 @@ from align.console import quiet_libraries
 from align.errors import RecipeError, RunError
 from align.groups import group_samples
 from align.keys import Schema
-from align.prompts import PromptSection
+from align.prompt_settings import PromptSection
 from align.sample_settings import Job, OutputSection, SampledModel, goal_of
 from align.samplers import ServingSection
 from align.samples import Group

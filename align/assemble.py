@@ -20,6 +20,7 @@ from align.errors import RecipeError
 from align.model import PACKING, compute_dtype
 from align.recipe import Recipe
 from align.sections import DataSection, DatasetSection
+from align.tracker_adapters import KINDS, PACKAGES, refuse_without_login
 from data.plan import Layout, Plan
 from data.preparation import DataSpec
 from data.shapes import Rule, attributes_in
@@ -62,6 +63,8 @@ def data_spec(recipe: Recipe, max_length: int) -> DataSpec:
         ),
         reward_transforms=tuple(entry.built for entry in recipe.reward_transforms),
         relabel=tuple(entry.built for entry in recipe.relabel),
+        # Those that need a model come later, by tokens: see evals.doctor.
+        filters=tuple(entry.built for entry in recipe.filters if not entry.built.needs_model),
         policy=TokenPolicy(max_length=max_length, truncation=data.truncation),
         max_dropped_share=data.max_dropped_share,
         seed=recipe.train.seed,
@@ -167,7 +170,11 @@ def check_names(recipe: Recipe) -> None:
     for tracker in train.report_to:
         _known("report_to", "tracker", tracker, list(INTEGRATION_TO_CALLBACK))
         if tracker not in get_available_reporting_integrations():
-            raise RecipeError(f"train.report_to: {tracker} is not installed here; install it, or leave it out")
+            package = PACKAGES.get(tracker, tracker)
+            raise RecipeError(
+                f"train.report_to: {tracker} is not installed here; `pip install {package}`, or leave it out"
+            )
+    refuse_without_login(train.report_to)
 
 
 def _known(key: str, what: str, name: str, names: list[str]) -> None:
@@ -215,7 +222,7 @@ def training_arguments(recipe: Recipe, microbatches: int, *, evaluate: bool) -> 
             save_steps=int(train.save_steps) if train.save_steps >= 1 else train.save_steps,
             save_total_limit=train.save_total_limit,
             dataloader_num_workers=train.dataloader_num_workers,
-            report_to=train.report_to or "none",
+            report_to=[name for name in train.report_to if name not in KINDS] or "none",
             run_name=train.run_name,
             use_cpu=on_cpu,
             ddp_backend="gloo" if on_cpu and world_size() > 1 else None,
@@ -274,6 +281,39 @@ def bytes_to_save(recipe: Recipe, total: int, trained: int, steps: int) -> int:
     kept = min(every[train.save_strategy], train.save_total_limit or every[train.save_strategy])
     # While a new checkpoint is written, the oldest is still there.
     return saved + (saved + 8 * trained) * (kept + 1 if kept else 0)
+
+
+def optimizer_bytes(optim: str) -> int:
+    """Bytes of an optimizer's state for each weight that is trained."""
+    return 0 if optim in ("sgd", "adafactor") else 2 if "8bit" in optim else 8
+
+
+def bytes_to_copy(
+    recipe: Recipe, total: float, trained: float, engine: str, processes: int, *, first: bool = True
+) -> float:
+    """Host memory of one process that the copy of a checkpoint takes, with ``train.async_save``.
+
+    Args:
+        recipe: the run's.
+        total: parameters of the model.
+        trained: those that are trained; with an adapter only they are saved.
+        engine: of ``align.support.ENGINES``.
+        processes: of the run.
+        first: whether it is the first process, which writes what is there once.
+    """
+    if not recipe.train.async_save:
+        return 0.0
+    saved, states = 4 * (trained if recipe.lora is not None else total), optimizer_bytes(recipe.train.optim) * trained
+    whole = 4 * total if recipe.synced is not None else 0.0
+    if engine == "fsdp2":
+        divided = saved + states
+    elif engine.startswith("zero"):  # which keeps float32 weights with its states, and replicas beside whole weights
+        divided = 4 * trained + states
+        whole += saved if engine == "zero3" else 2 * saved
+    else:
+        divided = 0.0
+        whole += saved + states
+    return divided / processes + (whole if first else 0.0)
 
 
 def tell_data(report: Mapping[str, Any], say: Say) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,19 +19,23 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from align import checks
 from align import model as models
 from align.anchors import InitialWeights, MovingReference
-from align.assemble import Say, bytes_to_save, total_steps, train_plan, training_arguments, world_size
+from align.assemble import Say, bytes_to_copy, bytes_to_save, total_steps, train_plan, training_arguments, world_size
 from align.density import DensityRatio
 from align.engines import launched, partition, shards_weights, size, whole_weights
 from align.errors import RunError
 from align.forecast import skeleton
 from align.forward import causal_lm
+from align.paths import choose_path
 from align.recipe import Recipe
 from align.reference import ReferenceKey
 from align.startup import Startup, adapter_off_scorer, frozen_scorer, load_frozen
 from align.tracing import fewer_layers, without_random_numbers
+from align.tracker_adapters import KINDS
+from align.trackers import Trackers
 from align.trainer import ObjectiveTrainer, PairSums
 from align.value_head import is_reward_model, outputs_of, settle_padding
 from align.watch import DisplacementAlarm, MetricsFile, Progress, Speed
+from align.writing import BackgroundWriter
 from data.loader import PlannedBatches, kept_tokens, number_counts
 from data.number_tokens import number_values
 from data.pack import Known
@@ -52,6 +57,7 @@ class Run:
     startup: Startup
     metrics: MetricsFile
     alarm: DisplacementAlarm
+    trackers: Trackers
     speed: Speed
     fingerprint: str
     """Content hash of the weights the run starts from."""
@@ -62,6 +68,16 @@ class Run:
         steps = total_steps(self.recipe, self.trainer.batches.plan.steps_per_epoch)
         total, trained = sum(n for n, _ in sizes), sum(n for n, grad in sizes if grad)
         return bytes_to_save(self.recipe, total, trained, steps)
+
+    def bytes_to_copy(self) -> float:
+        """Host memory of this machine that copies of a checkpoint will take, all its processes together."""
+        sizes = [(size(p), p.requires_grad) for p in self.trainer.wrapped.parameters()]
+        total, trained = sum(n for n, _ in sizes), sum(n for n, grad in sizes if grad)
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return sum(
+            bytes_to_copy(self.recipe, total, trained, launched(), world_size(), first=process == 0)
+            for process in range(here)
+        )
 
 
 def build(
@@ -102,7 +118,7 @@ def build(
         share, path_check = _path_of_a_part(recipe, config, model, prepared.train.table, dtype, args.device)
     else:
         model.to(args.device)
-        share, path_check = _choose_path(recipe, model, prepared.train.table, dtype, args.device)
+        share, path_check = choose_path(recipe.model, model, prepared.train.table, dtype, args.device)
     way = causal_lm(model).config.get_text_config()._attn_implementation
     ways = gather_object([(share, way)])
     if len(set(ways)) > 1:
@@ -133,6 +149,7 @@ def build(
     startup.checks.append(path_check)
     metrics = MetricsFile(Path(recipe.train.output_dir) / "metrics.jsonl")
     alarm, speed = DisplacementAlarm(say), Speed()
+    trackers = Trackers([name for name in recipe.train.report_to if name in KINDS], alarm, say)
     penalties = {entry.name: entry.built for entry in recipe.regularizers}
     anchor = InitialWeights(model, penalties) if penalties else None
     if launched() == "zero3":
@@ -152,9 +169,11 @@ def build(
         numbers=None if numbers is None else torch.from_numpy(numbers),
         anchor=anchor,
         processing_class=tokenizer,
-        callbacks=[speed, alarm, metrics],
+        callbacks=[speed, alarm, metrics, trackers],
     )
     speed.trainer = trainer
+    if recipe.train.async_save:
+        trainer.writer = BackgroundWriter(timeout=recipe.train.ddp_timeout + 60)
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(Progress())
@@ -171,6 +190,7 @@ def build(
         startup=startup,
         metrics=metrics,
         alarm=alarm,
+        trackers=trackers,
         speed=speed,
         fingerprint=fingerprint,
     )
@@ -184,49 +204,11 @@ def _path_of_a_part(
     with without_random_numbers(), whole_weights():
         part = skeleton(recipe, fewer_layers(config))
     part.to(device)
-    share, check = _choose_path(recipe, part, table, dtype, device)
+    share, check = choose_path(recipe.model, part, table, dtype, device)
     inner, way = causal_lm(model), causal_lm(part).config.get_text_config()._attn_implementation
     if way != inner.config.get_text_config()._attn_implementation:
         inner.set_attn_implementation(way)
     return share, dataclasses.replace(check, detail=f"{check.detail} (of a few layers with random weights)")
-
-
-def _choose_path(
-    recipe: Recipe, model: nn.Module, table: TokenTable, dtype: torch.dtype, device: torch.device
-) -> tuple[bool, checks.Check]:
-    """Shared prompts by the fastest attention that works out for this model, or else sequences one by one."""
-    inner = causal_lm(model)
-    reasons: list[str] = []
-    share, check = False, None
-    ways = _ways(recipe, inner.config)
-    for way in ways:
-        if way != inner.config.get_text_config()._attn_implementation:
-            try:
-                inner.set_attn_implementation(way)
-            except ValueError:  # models that have no choice, such as those without attention
-                inner.set_attn_implementation("eager")
-        try:
-            share, check = checks.choose_path(model, table, dtype, device)
-        except RunError as error:  # where a kernel can't be compiled, the model's own forward fails too
-            if way == ways[-1]:
-                raise
-            reasons.append(f"{way}: {error}")
-            continue
-        if share:
-            more = f", with {way} ({'; '.join(reasons)})" if reasons else ""
-            return True, dataclasses.replace(check, detail=check.detail + more)
-        reasons.append(f"{way}: {check.detail}")
-    assert check is not None
-    return share, check
-
-
-def _ways(recipe: Recipe, config: Any) -> list[str]:
-    """Implementations of attention, the fastest first; the last one takes any mask."""
-    loaded = config.get_text_config()._attn_implementation
-    dense = models.dense_attention(config)
-    if recipe.model.attn_implementation != "auto" or loaded == "eager":
-        return [loaded]
-    return list(dict.fromkeys([loaded, *([models.NAME] if dense == "sdpa" else []), dense]))
 
 
 def _tell_parameters(model: nn.Module, say: Say) -> None:
@@ -266,12 +248,12 @@ def _startup(
         frozen = frozen or load_frozen(recipe, dtype, len(tokenizer))
         return frozen
 
-    key = None
-    if needs and reference.source == "cached":
-        if separate:
-            weights = models.weights_fingerprint(load())
-        else:
-            weights = models.weights_fingerprint(model, without_adapter=as_base or reference.model == "base")
+    key = weights = None
+    if needs and separate and (reference.source == "cached" or not shards_weights(launched())):
+        weights = models.weights_fingerprint(load())
+    elif needs and not separate:
+        weights = models.weights_fingerprint(model, without_adapter=as_base or reference.model == "base")
+    if weights is not None and reference.source == "cached":
         attention = causal_lm(model).config.get_text_config()._attn_implementation
         path = f"{'shared' if share else 'separate'}, {attention}"
         key = ReferenceKey(weights=weights, precision=str(dtype), path=path)
@@ -283,6 +265,7 @@ def _startup(
         starts_as_reference=not needs or own,
         dtype=dtype,
         row_names=[split.name for split in (prepared.train, prepared.eval) if split is not None],
+        reference=weights,
         say=say,
     )
 

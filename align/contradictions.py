@@ -24,6 +24,8 @@ _IDLE = (
      lambda v: _get(v, "train", "eval_strategy") != "steps"),
     ("train.save_steps", "train.save_strategy is not steps", ("train.save_strategy",),
      lambda v: _get(v, "train", "save_strategy", "steps") != "steps"),
+    ("train.async_save", "train.save_strategy is no", ("train.save_strategy",),
+     lambda v: _get(v, "train", "async_save") is True and _get(v, "train", "save_strategy") in ("no", False)),
     ("train.warmup_steps", "this train.lr_scheduler_type does not warm up (constant_with_warmup and linear do)",
      ("train.lr_scheduler_type",),
      lambda v: _get(v, "train", "lr_scheduler_type") in ("constant", "reduce_lr_on_plateau")
@@ -34,6 +36,8 @@ _IDLE = (
     ),
     ("train.run_name", "train.report_to names no tracker", ("train.report_to",),
      lambda v: _get(v, "train", "report_to") in (None, "none", [])),
+    ("train.project", "neither wandb nor trackio is in train.report_to", ("train.report_to",),
+     lambda v: not {"wandb", "trackio"} & set(_listed(_get(v, "train", "report_to")))),
     ("data.eval_share", "data.eval_dataset_name gives the eval set", ("data.eval_dataset_name",),
      lambda v: _get(v, "data", "eval_dataset_name")),
     ("data.eval_split", "there is no data.eval_dataset_name", ("data.eval_dataset_name",),
@@ -49,6 +53,8 @@ _IDLE = (
      lambda v: _get(v, "data", "rule") != "threshold"),
     ("hub.hub_private_repo", "hub.push_to_hub is false", ("hub.push_to_hub",),
      lambda v: _get(v, "hub", "hub_private_repo") is True and not _get(v, "hub", "push_to_hub")),
+    ("hub.push_samples", "hub.push_to_hub is false", ("hub.push_to_hub",),
+     lambda v: _get(v, "hub", "push_samples") is True and not _get(v, "hub", "push_to_hub")),
 )  # fmt: skip
 
 
@@ -60,6 +66,10 @@ def is_adam(values: Mapping[str, Any]) -> bool:
 def _get(values: Mapping[str, Any], section: str, key: str, default: Any = None) -> Any:
     found = (values.get(section) or {}).get(key)
     return default if found is None else found
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _number(values: Mapping[str, Any], section: str, key: str, default: float) -> float:

@@ -22,7 +22,7 @@ import torch
 
 from align.errors import RecipeError, RunError
 from align.recipe import Recipe, read_recipe
-from align.saving import RECIPE, explained, verify
+from align.saving import AFTERWARDS, RECIPE, explained, verify
 
 SHARDS = "pytorch_model_fsdp_0"
 """Folder in a checkpoint of FSDP2."""
@@ -85,7 +85,7 @@ def _copy(source: Path, target: Path, patterns: Sequence[str]) -> None:
 def _recipe(source: Path) -> Recipe:
     for folder in (source, source.parent):
         if (folder / RECIPE).is_file():
-            return read_recipe(folder / RECIPE)
+            return read_recipe(folder / RECIPE, without=AFTERWARDS)
     raise RunError(f"{source} has no {RECIPE}, which names its model; copy it there from the run directory")
 
 

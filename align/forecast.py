@@ -18,15 +18,16 @@ import numpy as np
 import psutil
 import torch
 
-from align.assemble import total_steps, train_plan
+from align.assemble import bytes_to_copy, optimizer_bytes, total_steps, train_plan
 from align.engines import launched, shards_weights
 from align.errors import RecipeError, RunError
 from align.forward import bind
 from align.logps import positions_per_chunk
 from align.model import add_adapter, attention, compute_dtype, dense_attention
+from align.quantized import largest_layer, weights_held
 from align.recipe import Recipe
 from align.segments import NAME
-from align.tracing import Traced, trace, without_random_numbers
+from align.tracing import Traced, fewer_layers, trace, without_random_numbers
 from align.value_head import with_head
 from data.errors import DataError
 from data.loader import step_counts
@@ -138,6 +139,16 @@ class Forecast:
             )
         return lines
 
+    def refuse_copies(self) -> None:
+        """Raises ``RunError`` where copies of checkpoints (``train.async_save``) have no place beside everything else;
+        what doesn't fit without them is warned of, as ever."""
+        copies = self.memory["copy of a checkpoint"]
+        if self.peak > self.available >= self.peak - copies:
+            raise RunError(
+                f"train.async_save copies checkpoints of {_gib(copies)} GiB into host memory, and the run would need "
+                f"{_gib(self.peak)} GiB of {_gib(self.available)}; leave it out, or lower train.token_budget"
+            )
+
     def verdict(self, seconds: list[float], peak: float) -> tuple[list[str], dict[str, Any]]:
         """What to say at the end, and the same as numbers.
 
@@ -190,8 +201,7 @@ def look_ahead(recipe: Recipe, config: Any, table: TokenTable) -> Forecast:
             plan = train_plan(recipe, table, share=share, way=way)
             steps = total_steps(recipe, plan.steps_per_epoch)
             ahead = forecast(recipe, config, plan, table, steps, share=share)
-            # Of quantized weights it is not known what they take, so nothing is made smaller for them.
-            if ahead.peak <= ahead.available or recipe.train.token_budget != "auto" or recipe.model.quantized:
+            if ahead.peak <= ahead.available or recipe.train.token_budget != "auto":
                 return ahead
             most = ahead.fitting()
             plan = train_plan(recipe, table, share=share, way=way, most=most)
@@ -279,7 +289,9 @@ def _of_rows(
             make=lambda each: skeleton(recipe, each),
             dtype=dtype,
             checkpointing=recipe.train.gradient_checkpointing,
+            held=lambda model: weights_held(model, recipe.model),
         )
+        whole = _largest_layer(recipe, config)
     ratio = plan.positions(rows) / plan.positions(some)
     # Logits are there a chunk at a time; in low precision before and after the softmax as well.
     vocabulary = int(config.get_text_config().vocab_size)
@@ -293,8 +305,16 @@ def _of_rows(
         forward_flops=traced.forward_flops * ratio,
         total_flops=traced.total_flops * ratio,
         moved=traced.moved * ratio,
-        peak=traced.trained_bytes + head_of_all + kept * ratio,
+        peak=traced.trained_bytes + head_of_all + kept * ratio + whole,
     )
+
+
+def _largest_layer(recipe: Recipe, config: Any) -> float:
+    """Bytes of a quantized layer's weights while it computes."""
+    if not recipe.model.quantized:
+        return 0.0
+    with torch.device("meta"):
+        return largest_layer(skeleton(recipe, fewer_layers(config)), recipe.model)
 
 
 def skeleton(recipe: Recipe, config: Any) -> torch.nn.Module:
@@ -325,7 +345,7 @@ def _memory(recipe: Recipe, traced: Traced, device: torch.device, world: int) ->
     name, engine = recipe.train.optim, launched()
     of_weights = world if shards_weights(engine) else 1
     of_optimizer = world if engine.startswith(("zero", "fsdp")) else 1
-    each = 0 if name in ("sgd", "adafactor") else 2 if "8bit" in name else 8
+    each = optimizer_bytes(name)
     paged = name.startswith("paged") and device.type == "cuda"
     second = recipe.needs_reference and (
         recipe.reference.source == "live" or recipe.reference.model not in ("initial", "base")
@@ -341,6 +361,9 @@ def _memory(recipe: Recipe, traced: Traced, device: torch.device, world: int) ->
         "optimizer": 0.0 if paged else each * traced.trained / of_optimizer,
         "gradients and activations": traced.peak * (KEPT_BY_ALLOCATOR if device.type == "cpu" else 1.0),
         "reference": traced.parameter_bytes / of_weights if second else 0.0,
+        "copy of a checkpoint": 0.0
+        if device.type == "cuda"
+        else bytes_to_copy(recipe, traced.parameters, traced.trained, engine, world),
         "initial weights": traced.trained_bytes if recipe.regularizers else 0.0,
     }
 

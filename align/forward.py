@@ -61,7 +61,12 @@ def causal_lm(model: nn.Module) -> Any:
 
 
 def score(
-    model: nn.Module, batch: PackedBatch, extras: HeadExtras = PLAIN, *, keep_head: bool = False
+    model: nn.Module,
+    batch: PackedBatch,
+    extras: HeadExtras = PLAIN,
+    *,
+    keep_head: bool = False,
+    keep_states: bool = False,
 ) -> dict[str, Any]:
     """Log-probs of the batch's response tokens.
 
@@ -70,6 +75,7 @@ def score(
         batch: what to score.
         extras: numbers per response token besides log-probs.
         keep_head: also return ``head``, for a policy that is compared with this model's whole distributions.
+        keep_states: also return ``states``, what the head turns into logits, one per entry of ``batch.target``.
     Returns:
         ``logps``: one per entry of ``batch.target``, nats, float32; each extra likewise. For mixture-of-experts models
         also ``router``: the load-balancing loss summed over the batch's sequences (a prompt with one response each).
@@ -92,12 +98,19 @@ def score(
                 head = Head(states=states, weight=weight, bias=bias, transform=HeadTransform.of(config))
                 return _scored(head, batch, extras, keep_head)
 
-            found = inner.get_output_embeddings()(states[batch.source], scoring=scoring)
+            predicting = states[batch.source]
+            found = inner.get_output_embeddings()(predicting, scoring=scoring)
+            if keep_states:
+                found["states"] = predicting
         else:
+            if keep_states:
+                options = {**options, "output_hidden_states": True}
             # The original forward, not the bound one: this call does not pass ``packed``.
             outputs = model.forward(**_plain_inputs(batch), **options)
             found = _scored(Head(states=outputs.logits.flatten(0, 1)[batch.source]), batch, extras, keep_head)
-    if options:
+            if keep_states:
+                found["states"] = outputs.hidden_states[-1].flatten(0, 1)[batch.source]
+    if "output_router_logits" in options:
         found["router"] = _router_loss(outputs.router_logits, batch, config)
     return found
 

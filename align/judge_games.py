@@ -58,6 +58,19 @@ class Outcome(NamedTuple):
     reason: str = ""
 
 
+class Meeting(NamedTuple):
+    """What is said of two answers to one prompt."""
+
+    value: float | None
+    """What it is worth to the first of the two, in [0, 1]; None where it could not be told."""
+    verdicts: tuple[str | None, ...]
+    """By order: the first answer shown as A, then the second one. Empty where nothing was asked: equal answers, and
+    excluded ones."""
+    reason: str = ""
+    """Why there is no value."""
+    identical: bool = False
+
+
 def round_robin(listed: Sequence[Shown | None], opponents: int | None) -> list[Pair]:
     """Every sample with as many of those after it, in a circle, as it has opponents; None is with every other."""
     present = [(i, shown) for i, shown in enumerate(listed) if shown is not None]
@@ -90,6 +103,26 @@ def outcome(pair: Pair, games: Sequence[Judged], worth: Mapping[str, float], pol
     if abs(longer) > LONGER and value != 0.5:
         counts |= {"longer": 1, "longer preferred": float((longer > 0) == (value > 0.5))}
     return Outcome(value, _some(counts))
+
+
+def meeting(pair: Pair, games: Sequence[Judged], worth: Mapping[str, float], policy: str) -> Meeting:
+    """What comes of a pair that was shown in both orders, or in one.
+
+    Args:
+        pair: two answers.
+        games: what was said of its ``orders``, or of the first of them.
+        worth: of a verdict to A, who is shown first.
+        policy: see ``debiased``.
+    """
+    if not pair.orders:
+        return Meeting(0.5, (), identical=True)
+    verdicts = tuple(game.said for game in games)
+    reason = next((game.reason for game in games if game.said is None), "")
+    if len(games) == 1:
+        value = None if games[0].said is None else worth[games[0].said]
+    else:
+        value = outcome(pair, games, worth, policy).value
+    return Meeting(value, verdicts, reason)
 
 
 def debiased(first: float | None, second: float | None, policy: str) -> float | None:

@@ -15,7 +15,7 @@ import xxhash
 from align import judge_games, judge_prompts
 from align.completions import Endpoint, RefusedError, StoppedError
 from align.errors import RunError
-from align.judge_games import Judged, Pair, Question, Shown
+from align.judge_games import Judged, Meeting, Pair, Question, Shown
 from align.judge_prompts import PLAIN, RUBRIC, SOFT, conversation, rating_of, unmarked, verdict_of
 from align.reply_cache import ReplyCache
 from align.samples import Group, Sample
@@ -144,6 +144,32 @@ class Judge:
         score = self._rated if self.mode == "pointwise" else self._compared
         return score([(group, [self._shown(sample) for sample in group.samples]) for group in groups])
 
+    def meet(self, pairs: Sequence[tuple[Sample, Sample]], *, both: bool = True) -> list[Meeting]:
+        """What is said of pairs of answers to the same prompt, whoever gave them; of mode ``pairwise``.
+
+        Args:
+            pairs: two answers each.
+            both: show them in both orders; else only the first answer as A.
+        Raises:
+            RunError: the endpoint does not answer, or refuses every question.
+        """
+        worth = self._worth
+        shown = [(self._shown(first), self._shown(second)) for first, second in pairs]
+        met = [None if one is None or two is None else Pair(0, 1, (one, two)) for one, two in shown]
+        questions = [
+            []
+            if pair is None
+            else [self._question(Group(samples=two), *order) for order in pair.orders[: 2 if both else 1]]
+            for two, pair in zip(pairs, met, strict=True)
+        ]
+        judged = self._answers([each for of_pair in questions for each in of_pair])
+        return [
+            Meeting(None, (), EXCLUDED.reason)
+            if pair is None
+            else judge_games.meeting(pair, [judged[each] for each in asked], worth, self.policy)
+            for pair, asked in zip(met, questions, strict=True)
+        ]
+
     def rates(self, counts: Mapping[str, float]) -> dict[str, float]:
         """Shares that tell how far the judge can be trusted, from the sum of all samples' counts."""
 
@@ -204,7 +230,7 @@ class Judge:
         self, listed: Sequence[Shown | None], pairs: Sequence[Pair], games: Sequence[Sequence[Judged]]
     ) -> list[Scored]:
         """The mean over a sample's pairs. What is counted of a pair stands with the first of the two."""
-        worth = PLAIN if self.policy == "strict" or self.scale == "plain" else SOFT
+        worth = self._worth
         values: list[list[float]] = [[] for _ in listed]
         counts: list[Counter[str]] = [Counter() for _ in listed]
         reasons = ["no other sample to compare with" if self.baseline is None else "no baseline"] * len(listed)
@@ -224,6 +250,10 @@ class Judge:
             else Scored(score=None, reason=reason, counts=counted)
             for shown, found, counted, reason in zip(listed, values, counts, reasons, strict=True)
         ]
+
+    @property
+    def _worth(self) -> Mapping[str, float]:
+        return PLAIN if self.policy == "strict" or self.scale == "plain" else SOFT
 
     # ---- asking ----
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from align.errors import RecipeError
 from align.sections import SECTIONS
+from data.filters import FILTERS
 from objectives import MODIFIERS, OBJECTIVES, REGULARIZERS, RELABELERS, REWARD_TRANSFORMS, TOKEN_WEIGHTS
 from objectives.registry import Registry, did_you_mean
 
@@ -19,6 +20,7 @@ NAMED: dict[str, Registry] = {
     "regularizers": REGULARIZERS,
     "relabel": RELABELERS,
     "reward_transforms": REWARD_TRANSFORMS,
+    "filter": FILTERS,
 }
 """Sections that hold one entry, or a list of entries, whose keys depend on its name."""
 

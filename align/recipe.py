@@ -19,9 +19,8 @@ import yaml
 
 from align.contradictions import SINGLE_DATASET, is_adam, refuse_contradictions, refuse_idle, refuse_idle_reference
 from align.errors import RecipeError
-from align.keys import NAMED, TRAINING
+from align.keys import TRAINING, Schema
 from align.sections import (
-    SECTIONS,
     DataSection,
     HubSection,
     LoraSection,
@@ -41,6 +40,8 @@ KINDS = {
     "regularizers": "regularizers",
     "relabel": "relabel",
     "reward_transforms": "reward_transforms",
+    "evals": "evals",
+    "filter": "filters",
 }
 """Named sections to the fields of ``Recipe`` that hold them."""
 
@@ -58,9 +59,14 @@ class Recipe:
     regularizers: tuple[Entry, ...] = ()
     relabel: tuple[Entry, ...] = ()
     reward_transforms: tuple[Entry, ...] = ()
+    filters: tuple[Entry, ...] = ()
     lora: LoraSection | None = None
     reference: ReferenceSection = field(default_factory=ReferenceSection)
     hub: HubSection = field(default_factory=HubSection)
+    evals: tuple[Entry, ...] = ()
+    """What is measured at the end; see ``evals.evaluation.EVALS``."""
+    serving: Any = None
+    """What draws samples for it; see ``align.samplers.ServingSection``."""
     idle: tuple[str, ...] = ()
     """Keys of the file that the command line made idle, with the reason: printed at the start."""
 
@@ -97,7 +103,7 @@ class Recipe:
         """Every key with its value, as a mapping that reads back to this recipe."""
         sections = {
             name: dataclasses.asdict(getattr(self, name))
-            for name in ("model", "lora", "data", "reference", "train", "hub")
+            for name in ("model", "lora", "data", "reference", "train", "hub", "serving")
             if getattr(self, name) is not None
         }
         # How this run was started, not what it is; run again from its own recipe it must not delete itself.
@@ -148,30 +154,38 @@ class Recipe:
         return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
 
 
-def read_recipe(config: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+def read_recipe(
+    config: str | Path | None,
+    overrides: Sequence[str] = (),
+    schema: Schema = TRAINING,
+    without: Sequence[str] = (),
+) -> Recipe:
     """Reads a recipe file and the command line's overrides.
 
     Args:
         config: YAML file; None means the command line says everything.
         overrides: ``--key value``, ``--key=value`` or ``--flag`` (true), as they stand on the command line.
+        schema: which keys there are; ``evals.run_settings.TRAINING`` knows evaluations too.
+        without: sections that are left out unread.
     Raises:
         RecipeError: one sentence on the first fault found.
     """
-    found = merge(config, overrides, TRAINING)
-    return _build(found.values, found.written, found.commanded)
+    found = merge(config, overrides, schema, without)
+    return _build(found.values, found.written, found.commanded, schema)
 
 
-def _build(values: dict[str, Any], written: Mapping[str, str], commanded: set[str]) -> Recipe:
+def _build(values: dict[str, Any], written: Mapping[str, str], commanded: set[str], schema: Schema) -> Recipe:
     idle: list[str] = []
-    for required in TRAINING.required:
+    for required in schema.required:
         if required not in values:
             raise RecipeError(f"the recipe has no {required!r} section; see launch/recipes/dpo.yaml for a complete one")
     refuse_idle(values, written, commanded, idle)
     named: dict[str, tuple[Entry, ...]] = {}
-    for kind in NAMED:
+    for kind in schema.named:
         if values.get(kind) is not None:
-            named[kind] = entries(kind, values[kind], written, commanded, idle)
-    sections = {name: section(SECTIONS[name], values[name], name) for name in SECTIONS if values.get(name) is not None}
+            named[kind] = entries(kind, values[kind], written, commanded, idle, schema)
+    known = schema.sections
+    sections = {name: section(known[name], values[name], name) for name in known if values.get(name) is not None}
     recipe = Recipe(**{KINDS[kind]: built for kind, built in named.items()}, **sections)
     where = "objective"
     try:

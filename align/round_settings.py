@@ -16,7 +16,7 @@ from align.command_line import pairs as command_pairs
 from align.errors import RecipeError
 from align.keys import TRAINING, Schema
 from align.pairs import PairsSection
-from align.prompts import PromptSection
+from align.prompt_settings import PromptSection
 from align.recipe import Recipe, read_recipe
 from align.sample_settings import SampledModel
 from align.samplers import ServingSection

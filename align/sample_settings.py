@@ -10,7 +10,7 @@ from typing import Any, Literal
 from align import settings
 from align.errors import RecipeError
 from align.keys import Schema
-from align.prompts import PromptSection
+from align.prompt_settings import PromptSection
 from align.samplers import ServingSection
 from align.sampling import Sampling
 from align.sections import ModelSection

@@ -74,8 +74,10 @@ class ServingSection:
 class Sampler(Protocol):
     """Continues prompts."""
 
-    engine: str
-    """Name and version."""
+    @property
+    def engine(self) -> str:
+        """Name and version."""
+        ...
 
     def draw(self, requests: Iterable[Request], how: Sampling) -> Iterator[tuple[int, list[Drawn]]]:
         """Numbers of requests with their continuations, as they are done, in any order.

@@ -10,14 +10,6 @@ from typing import Any
 import torch
 import xxhash
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    MinPLogitsWarper,
-    StoppingCriteria,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from data.chat import Rendered, render
 from objectives.checks import require
@@ -221,6 +213,8 @@ def _generated(
     tokenizer: Any,
     mixture: tuple[Any, float] | None,
 ) -> Iterator[tuple[int, list[Drawn]]]:
+    from transformers import GenerationConfig  # here, so that reading settings need not wait for it
+
     rows = [request.prompt for request in requests for _ in range(request.n)]
     seeds = [request.seed + i for request in requests for i in range(request.n)]
     width = max(map(len, rows))
@@ -269,7 +263,7 @@ def _holds(text: str, stop: Sequence[str]) -> bool:
     return any(each in text for each in stop)
 
 
-class _Stop(StoppingCriteria):
+class _Stop:
     """Stops rows whose response holds a stop text; transformers' own looks at the prompt's end too."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], width: int) -> None:
@@ -308,6 +302,8 @@ class _Choose:
     """
 
     def __init__(self, how: Sampling, seeds: Sequence[int], second: _Second | None = None) -> None:
+        from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
         self.how, self.second = how, second
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.logprobs: list[Tensor] = []

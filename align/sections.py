@@ -5,6 +5,7 @@ Keys have the ecosystem's own names where they exist: TrainingArguments', peft's
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -132,6 +133,9 @@ class DataSection:
     """The run stops if more than this share of the rows can't be used, in [0, 1]."""
     max_rows: int | None = None
     """Read only this many rows of each dataset."""
+    check: bool = False
+    """Look for duplicates, contradictions, length bias and so on before training, and write doctor.json into the run
+    directory; python -m data check does so without a run."""
     streaming: bool = False
     """Read the dataset as a stream, once, onto this disk, up to max_rows rows: for those too large to download."""
     rule: Literal["best_vs_worst", "best_vs_random", "threshold", "margin"] = "best_vs_worst"
@@ -236,14 +240,19 @@ class TrainSection:
     """Steps between checkpoints, with save_strategy steps; below 1 a share of all steps."""
     save_total_limit: int | None = 2
     """Keep this many checkpoints."""
+    async_save: bool = False
+    """Copy each checkpoint to host memory and write it while training goes on. Off by default: it takes a checkpoint's
+    size of host memory, and a run that is killed goes on from the newest checkpoint whose writing was over."""
     ddp_timeout: int = 1800
     """Seconds without progress after which processes that wait for another one say which, and end the run."""
     dataloader_num_workers: int = 0
     """Processes that prepare batches beside the training process."""
     report_to: list[str] = field(default_factory=list)
-    """Trackers: wandb, tensorboard, …; none by default."""
+    """Trackers: wandb, tensorboard, trackio, or another one that transformers knows; none by default."""
     run_name: str | None = None
     """Name of the run in trackers."""
+    project: str | None = None
+    """Project that wandb and trackio file the run under. Default: WANDB_PROJECT, or align."""
 
     def __post_init__(self) -> None:
         above_zero = ("learning_rate", "num_train_epochs", "adam_epsilon")
@@ -283,8 +292,25 @@ class HubSection:
     """Repository, user/name."""
     hub_private_repo: bool = False
     """Create it private."""
+    push_samples: bool = False
+    """Also upload generations.jsonl and pairs.jsonl, which hold prompts and responses: whether these may be published
+    is for the licences of the datasets to say."""
+    license: str | None = None
+    """Of the trained model, for its card: an id such as apache-2.0, or other."""
+    language: list[str] = field(default_factory=list)
+    """Of the training data, for the card: ISO 639 codes, e.g. [en, de]."""
+    tags: list[str] = field(default_factory=list)
+    """Further tags of the card."""
 
     def __post_init__(self) -> None:
+        if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", self.license):
+            raise ValueError(f"license must be an id such as apache-2.0 or other, got {self.license!r}")
+        for code in self.language:
+            if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z]{2,4})?", code):
+                raise ValueError(f"language must hold ISO 639 codes such as en, got {code!r}")
+        for tag in self.tags:
+            if not re.fullmatch(r"[\w.:\-+/]{1,100}", tag):
+                raise ValueError(f"tags must be single words of letters, digits and -_.:+/, got {tag!r}")
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("push_to_hub needs hub_model_id, the repository to push to (user/name)")
 

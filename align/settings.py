@@ -40,17 +40,19 @@ class Written:
     """Those of the command line."""
 
 
-def merge(config: str | Path | None, overrides: Sequence[str], schema: Schema) -> Written:
+def merge(config: str | Path | None, overrides: Sequence[str], schema: Schema, without: Sequence[str] = ()) -> Written:
     """Reads a recipe file and the command line's overrides.
 
     Args:
         config: YAML file; None means the command line says everything.
         overrides: ``--key value``, ``--key=value`` or ``--flag`` (true), as they stand on the command line.
         schema: which keys there are.
+        without: sections of the file that are left out unread.
     Raises:
         RecipeError: one sentence on the first fault found.
     """
     tree = _load(Path(config), schema) if config is not None else {}
+    tree = {key: value for key, value in tree.items() if key not in without}
     where = str(config) if config is not None else "the command line"
     check_keys(tree, where, schema)
     merged = OmegaConf.create(tree)

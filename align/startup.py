@@ -49,6 +49,7 @@ class Startup:
         starts_as_reference: whether policy and reference are the same function before the first step.
         dtype: of the computation.
         row_names: name a row of the training and of the evaluation data, for messages.
+        reference: content hash of the reference's weights; None where there is no reference.
         say: prints on the first rank.
     """
 
@@ -62,11 +63,12 @@ class Startup:
         starts_as_reference: bool,
         dtype: torch.dtype,
         row_names: Sequence[Callable[[int], str]],
+        reference: str | None = None,
         say: Say,
     ) -> None:
         self.recipe, self.key, self.frozen, self.density = recipe, key, frozen, density
         self.starts_as_reference, self.dtype, self.say = starts_as_reference, dtype, say
-        self.row_names = row_names
+        self.row_names, self.reference = row_names, reference
         self.checks: list[checks.Check] = []
 
     def __call__(self, trainer: ObjectiveTrainer) -> None:

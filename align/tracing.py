@@ -12,7 +12,7 @@ import contextlib
 import copy
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -148,7 +148,19 @@ def _onto_cpu(model: nn.Module) -> None:
                 held[name] = moved[id(value)]  # type: ignore[assignment]
 
 
-def trace(config: Any, batch: PackedBatch, *, make: Any, dtype: torch.dtype, checkpointing: bool) -> Traced:
+def _bytes(model: nn.Module) -> float:
+    return float(sum(each.nbytes for each in model.parameters()))
+
+
+def trace(
+    config: Any,
+    batch: PackedBatch,
+    *,
+    make: Any,
+    dtype: torch.dtype,
+    checkpointing: bool,
+    held: Callable[[nn.Module], float] = _bytes,
+) -> Traced:
     """Counts one microbatch.
 
     Args:
@@ -157,10 +169,11 @@ def trace(config: Any, batch: PackedBatch, *, make: Any, dtype: torch.dtype, che
         make: builds the bound model from a configuration, on a device where nothing is allocated.
         dtype: of the computation; below float32 it runs under autocast.
         checkpointing: whether activations are computed again.
+        held: bytes of a model's weights as the run has them, where they are not as ``make`` makes them.
     """
     text = config.get_text_config()
     layers = int(text.num_hidden_layers)
-    low, high = (_traced(_with_layers(config, number), batch, make, dtype) for number in FEW)
+    low, high = (_traced(_with_layers(config, number), batch, make, dtype, held) for number in FEW)
     each = high + low * -1.0
     whole = low + each * (layers - 1)
     if not checkpointing:
@@ -196,9 +209,12 @@ def _with_layers(config: Any, number: int) -> Any:
     return changed
 
 
-def _traced(config: Any, batch: PackedBatch, make: Any, dtype: torch.dtype) -> Traced:
+def _traced(
+    config: Any, batch: PackedBatch, make: Any, dtype: torch.dtype, held: Callable[[nn.Module], float] = _bytes
+) -> Traced:
     with torch.device("meta"):
         model: nn.Module = make(config)
+    weights = held(model)
     low = dtype in (torch.bfloat16, torch.float16)
     with _unlogged("torch._subclasses.fake_tensor"), FakeTensorMode(allow_non_fake_inputs=True):
         _onto_cpu(model)
@@ -222,7 +238,7 @@ def _traced(config: Any, batch: PackedBatch, make: Any, dtype: torch.dtype) -> T
         peak=watch.peak + trained,
         parameters=float(sum(number for number, _, _ in sizes)),
         trained=float(sum(number for number, _, grad in sizes if grad)),
-        parameter_bytes=float(sum(size for _, size, _ in sizes)),
+        parameter_bytes=weights,
         trained_bytes=trained,
     )
 

@@ -21,7 +21,7 @@ from typing import Any
 from align import settings
 from align.console import quiet_libraries, tell
 from align.errors import RecipeError, RunError
-from align.keys import TRAINING
+from align.keys import Schema
 from align.lifetime import SAVED, Preempted
 from align.recipe import Recipe, read_recipe
 from data.errors import DataError
@@ -47,7 +47,9 @@ def main(arguments: Sequence[str] | None = None, measure: Measure | None = None)
         return 0
     try:
         only_plan = "--plan" in words
-        recipe = read_recipe(*settings.split_config([word for word in words if word != "--plan"], TRAINING.example))
+        known = schema()
+        config, keys = settings.split_config([word for word in words if word != "--plan"], known.example)
+        recipe = read_recipe(config, keys, known)
         run(recipe, command=shlex.join(["align/train.py", *words]), measure=measure, only_plan=only_plan)
     except (RecipeError, DataError, RunError) as error:
         first = os.environ.get("RANK", "0") == "0" or "LOCAL_RANK" not in os.environ
@@ -67,7 +69,14 @@ def main(arguments: Sequence[str] | None = None, measure: Measure | None = None)
 def usage() -> str:
     """Every key of every section, with default and meaning."""
     about = "objective: name, weight, and the objective's own keys; `python -m objectives` lists them."
-    return f"{settings.usage(__doc__, TRAINING)}\n\n{about}"
+    return f"{settings.usage(__doc__, schema())}\n\n{about}"
+
+
+def schema() -> Schema:
+    """Keys of recipes for training, with the evaluations that can end a run."""
+    from evals.run_settings import TRAINING
+
+    return TRAINING
 
 
 def keep_freed_memory() -> None:
@@ -116,35 +125,27 @@ def _run(recipe: Recipe, command: str, measure: Measure | None, only_plan: bool,
     keep_freed_memory()
 
     # Imported here, so that a misspelt key is answered at once.
-    from align import assemble, density, engines, saving, support
+    from align import assemble, density, engines, resume, saving, support
     from align import model as models
     from align.build import build
     from align.forecast import ForecastError, look_ahead, most_memory
     from data.preparation import prepare
     from data.store import cache_dir
-    from evals import run_directory
+    from evals import doctor, on_the_way, run_directory, run_settings
     from evals.held_out import HeldOut
 
     # What can be refused without reading a weight is refused now.
     assemble.check_names(recipe)
     output_dir, overwrite = Path(recipe.train.output_dir), recipe.train.overwrite_output_dir
     support.refuse(recipe, engines.launched())
-    checkpoint, again = None, False
-    if recipe.train.resume_from_checkpoint is not None:
-        checkpoint, skipped = saving.find_checkpoint(recipe.train.resume_from_checkpoint, output_dir)
-        again = checkpoint is None and saving.unfinished(output_dir)
-        for line in skipped:
-            say(f"resume: {line}")
-    if checkpoint is not None:
-        allowed = recipe.train.allow_recipe_change
-        for line in saving.refuse_other_recipe(checkpoint, recipe.resolved(), allowed=allowed):
-            say(f"resume: {line}")
-        other = saving.refuse_other_engine(checkpoint, engines.launched(), assemble.world_size())
-        if other is not None:
-            say(f"resume: {other}")
+    found = resume.agree(recipe, engines.launched(), assemble.world_size())
+    checkpoint, again = found.checkpoint, found.again
+    for line in found.told:
+        say(f"resume: {line}")
     if first:
         saving.refuse_output_dir(output_dir, overwrite=overwrite or again, resume=checkpoint is not None)
     run_directory.check_hub(recipe)
+    run_settings.check_recipe(recipe)
     config = models.load_config(recipe.model)
     tokenizer = models.load_tokenizer(recipe.model)
     models.check_before_loading(recipe, config)
@@ -153,7 +154,7 @@ def _run(recipe: Recipe, command: str, measure: Measure | None, only_plan: bool,
         density.check_encoder(encoder)
     spec = assemble.data_spec(recipe, models.max_length(recipe.data.max_length, config))
     with saving.explained(cache_dir(), "set ALIGN_CACHE to a folder that can be written to"):
-        prepared = prepare(spec, tokenizer)
+        prepared = doctor.filtered(recipe, prepare(spec, tokenizer), spec, config, tokenizer, say)
     assemble.tell_data(prepared.report, say)
     models.check_vocabulary(recipe.model, config, *prepared.tables())
     ahead = None
@@ -166,6 +167,8 @@ def _run(recipe: Recipe, command: str, measure: Measure | None, only_plan: bool,
             say(f"forecast: not possible for this model ({error})")
         for line in ahead.lines() if ahead else []:
             say(line)
+        if ahead is not None and recipe.train.async_save:
+            ahead.refuse_copies()
     if only_plan:
         return output_dir
     if checkpoint is not None:
@@ -176,16 +179,21 @@ def _run(recipe: Recipe, command: str, measure: Measure | None, only_plan: bool,
         for line in saving.set_aside(output_dir, checkpoint) if checkpoint is not None else ():
             say(f"resume: {line}")
         saving.require_space(output_dir, assemble.bytes_needed(recipe), "the weights with their checkpoints")
+        if recipe.data.check:
+            run_directory.check_data(spec, tokenizer, output_dir, command, say)
 
     # From here on it costs something.
     held_out = HeldOut(prepared.eval, *run_directory.eval_name(recipe)) if prepared.eval else None
     ready = build(recipe, config, tokenizer, prepared, held_out, say, ahead.most if ahead else None)
     trainer = ready.trainer
+    held.enter_context(ready.trackers)
     if first:
         saving.require_space(output_dir, ready.bytes_to_save(), "the weights with their checkpoints")
+        saving.require_memory(ready.bytes_to_copy())
     with saving.explained(output_dir), watched(trainer, recipe.train.ddp_timeout), trainer.stop_signal.listening():
         if first:
             run_directory.begin(ready, output_dir, checkpoint, held_out, say)
+            on_the_way.add_to(ready, held_out, output_dir, say)
         measured = list(measure(trainer.model, tokenizer, 0)) if first and measure is not None else []
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if trainer.state.global_step < trainer.state.max_steps:

@@ -39,6 +39,12 @@ def section(cls: type, values: Mapping[str, Any], path: str) -> Any:
                     )
             converted[key] = [section(DatasetSection, entry, f"{path}.{key}.{i}") for i, entry in enumerate(value)]
             continue
+        nested = _nested(hints[key])
+        if nested is not None and value is not None:
+            if not isinstance(value, Mapping):
+                raise RecipeError(f"{path}.{key} must hold keys ({', '.join(fields_of(nested))}), got {value!r}")
+            converted[key] = section(nested, value, f"{path}.{key}")
+            continue
         if value is False and "no" in get_args(hints[key]):
             value = "no"  # YAML reads a bare no as false
         if key == "report_to" and isinstance(value, str):
@@ -61,6 +67,11 @@ def section(cls: type, values: Mapping[str, Any], path: str) -> Any:
     except ValueError as error:
         begins_with_key = str(error).split(" ")[0] in known
         raise RecipeError(f"{path}{'.' if begins_with_key else ': '}{error}") from None
+
+
+def _nested(hint: Any) -> Any:
+    """The dataclass that a key holds, or None."""
+    return next((each for each in (hint, *get_args(hint)) if dataclasses.is_dataclass(each)), None)
 
 
 def _allows(hint: Any, kind: type) -> bool:
@@ -151,6 +162,7 @@ def _entry(registry: Registry, kind: str, path: str, value: Any, commanded: set[
             "regularizers": "{name: wise_ft, tuned_share: 0.5}",
             "reward_transforms": "{name: z_score}",
             "scorers": "{name: math, column: answer}",
+            "filter": "{name: near_duplicates, threshold: 0.8}",
         }
         fits = example.get(kind, "{name: reward_augmented, form: system}")
         raise RecipeError(f"{path} must be a mapping with a name, e.g. {fits}, got {value!r}")

@@ -150,6 +150,8 @@ class DisplacementAlarm(TrainerCallback):
         self.say, self.share = say, share
         self.lines: deque[Mapping[str, float]] = deque(maxlen=window)
         self.alarmed_at = 0.0
+        self.sentence = ""
+        """What it last said."""
 
     def replay(self, lines: Sequence[Mapping[str, float]]) -> None:
         """Takes in the lines of a run that is resumed, in silence."""
@@ -177,10 +179,11 @@ class DisplacementAlarm(TrainerCallback):
             return
         logs["alarm/displacement"] = self.alarmed_at
         if state.is_world_process_zero:
-            self.say(
+            self.sentence = (
                 f"step {state.global_step}: likelihood displacement. Chosen responses lost {self.alarmed_at:.1f} nats "
                 f"on average since the start (now {logs['logps/chosen']:.1f}) while the margin rose to "
                 f"{logs['rewards/margins']:.2f}: probability goes to responses that are in no pair. If that is not "
                 "what you want: add a likelihood term (objective: [{name: dpo}, {name: sft, leg: chosen, weight: 0.2}])"
                 ", raise beta, lower the learning rate, or remove pairs whose responses are nearly alike."
             )
+            self.say(self.sentence)

@@ -522,3 +522,51 @@ def test_the_cache_holds_what_was_said(server: JudgeServer, tmp_path: Path):
     lines = [json.loads(line) for line in cache.read_text().splitlines()]
     assert {line["finish_reason"] for line in lines} == {"stop"}
     assert sorted(verdict_of(line["text"]) or "" for line in lines) == ["A>B", "B>A"]
+
+
+# ---- pairs of anybody's answers ----
+
+
+def met(server: JudgeServer, pairs: list[tuple[str, str]], reasons: tuple[str, str] = ("stop", "stop"), **keys: Any):
+    asked = Judge(model="judge", base_url=server.base_url, **{"retries": 0, **keys})
+    samples = [chat("How?", list(pair), finish_reasons=list(reasons)).samples for pair in pairs]
+    try:
+        return asked.meet([(first, second) for first, second in samples])
+    finally:
+        asked.close()
+
+
+def test_pairs_meet_in_both_orders():
+    """Two marks more is much better: 1 and 1. Equal answers are not asked of."""
+    with JudgeServer() as server:
+        found = met(server, [("Yes!!", "No"), ("No", "Yes!"), ("Same", "Same")])
+        assert len(server.bodies) == 4
+    assert [each.value for each in found] == [1.0, 0.25, 0.5]
+    assert [each.verdicts for each in found] == [("A>>B", "B>>A"), ("B>A", "A>B"), ()]
+    assert [each.identical for each in found] == [False, False, True]
+
+
+def test_pairs_may_meet_once():
+    with JudgeServer() as server:
+        asked = Judge(model="judge", base_url=server.base_url, retries=0)
+        first, second = chat("How?", ["Yes!", "No"]).samples
+        (found,) = asked.meet([(first, second)], both=False)
+        asked.close()
+        assert [shown(body) for body in server.bodies] == [["Yes!", "No"]]
+    assert (found.value, found.verdicts) == (0.75, ("A>B",))
+
+
+def test_pairs_without_a_verdict_in_one_order_have_no_value():
+    with JudgeServer(lambda body: "[[A>B]]" if shown(body)[0] == "Yes" else "?") as server:
+        (found,) = met(server, [("Yes", "No")])
+    assert (found.value, found.verdicts) == (None, ("A>B", None))
+    assert found.reason == "the judge gave no verdict"
+
+
+def test_cut_off_answers_of_pairs_are_marked_whoever_gave_them():
+    with JudgeServer() as server:
+        met(server, [("Yes!", "No")], reasons=("stop", "length"))
+        assert all(CUT_OFF in body["messages"][-1]["content"] for body in server.bodies)
+        (found,) = met(server, [("Yes!", "No")], reasons=("stop", "length"), truncated="exclude")
+        assert len(server.bodies) == 2
+    assert (found.value, found.reason) == (None, "cut off at its length limit")

@@ -76,6 +76,10 @@ def reward_transform(name: str, *changes: str, keys: str = "") -> Base:
     return Base(kind="reward_transforms", name=name, changes=changes, keys=keys, rows="scored", more=more)
 
 
+def row_filter(name: str, *changes: str, keys: str = "", more: tuple[str, ...] = ()) -> Base:
+    return Base(kind="filter", name=name, changes=changes, keys=keys, rows="faulty", more=("--objective=dpo", *more))
+
+
 def regularizer(name: str, *changes: str, keys: str = "") -> Base:
     return Base(kind="regularizers", name=name, changes=changes, keys=keys, more=("--objective=dpo",))
 
@@ -181,6 +185,13 @@ BASES = [
         "r3", "encoder=second", "questions=closed", "most_words=3", "normalize=true", keys="encoder: first"
     ),
     reward_transform("r3", "highest_relevance=1", keys="encoder: first, questions: closed"),
+    *[row_filter(name) for name in ("exact_duplicates", "identical_pairs", "echo", "contradictions")],
+    row_filter("near_duplicates", "threshold=0.5", "ngram=1"),
+    row_filter("length_ratio", "most=9"),
+    row_filter("overlap", "against=[held.jsonl]", "ngram=5", keys="against: [long.jsonl]"),
+    row_filter("shared_with_eval", more=("--eval_dataset_name=held.jsonl",)),
+    row_filter("ches", "share=0.5", "kind=ches", keys="share: 0.2"),
+    row_filter("label_noise", "share=0.1", "margin=0.05", "reward_model=judge", keys="share: 0.3"),
 ]
 
 RULES = ("--objective=dpo",)
@@ -259,6 +270,22 @@ def save_rows(folder: Path) -> None:
     }
     for name, made in shapes.items():
         write_rows(folder / f"{name}.jsonl", [made(i, row) for i, row in enumerate(pairs)])
+    first, second, third, *_ = pairs
+    long = {**first, "prompt": "is there one who sat on what ran to the cat and was it you for once?"}
+    faulty = [
+        first,
+        {**second, "chosen": second["rejected"], "rejected": second["chosen"]},
+        {**third, "rejected": third["chosen"].upper()},
+        {**third, "prompt": "you there, see?", "chosen": third["chosen"] * 7},
+        {**third, "prompt": "what was it you ran from?", "rejected": " what was it you ran from? it was a mat."},
+        long,
+        {**long, "prompt": long["prompt"].upper()},
+        {**long, "prompt": long["prompt"].replace("cat", "mat")},
+        {**long, "prompt": "is there one who sat on it, then?"},
+    ]
+    write_rows(folder / "faulty.jsonl", [*pairs, *faulty])
+    write_rows(folder / "long.jsonl", [{"text": long["prompt"]}])
+    write_rows(folder / "held.jsonl", [{**third, "gold": "what was it you ran from?"}])
 
 
 Weights = dict[str, torch.Tensor]
@@ -276,7 +303,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
         shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
         BertModel(BertConfig(vocab_size=config.vocab_size, **shape)).save_pretrained(folder / encoder)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    for other in ("rater", "first", "second"):
+    one = AutoConfig.from_pretrained(folder / "model", num_labels=1)
+    AutoModelForSequenceClassification.from_config(one).save_pretrained(folder / "judge")
+    for other in ("rater", "judge", "first", "second"):
         tokenizer.save_pretrained(folder / other)
     save_rows(folder)
     found: dict[tuple[str, ...], Weights] = {}
@@ -296,6 +325,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
             "save_strategy": "no",
         }
         named = {word.partition("=")[0].removeprefix("--") for word in words}
+        named |= {"eval_share"} if "eval_dataset_name" in named else set()
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
             patch.setenv("ALIGN_CACHE", str(folder / "cache"))

@@ -176,20 +176,3 @@ def test_objective_state_is_updated_once_a_step_and_resumed(folder: Path, monkey
     same_lines(folder / "resumed", folder / "straight")
     shifts = [line["shift"] for line in lines(folder / "straight") if "shift" in line]
     assert shifts[0] != shifts[-1]
-
-
-@pytest.mark.slow
-def test_weights_and_biases_offline(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(folder))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # wandb's own
-        trained(folder, "run", report_to="wandb", run_name="named")
-        import wandb
-
-        wandb.finish()
-    assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
