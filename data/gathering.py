@@ -1,4 +1,6 @@
-"""From datasets to the text rows of training and evaluation: read, rescored, arranged, held out, relabelled, mixed."""
+"""From datasets to the text rows of training and evaluation: read, filtered, rescored, arranged, held out, relabelled,
+mixed.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ import numpy as np
 
 from data.arranging import arrange_view, mismatched_view
 from data.errors import DataError
+from data.filtering import filtered
 from data.formats import RowProblem
 from data.rescoring import check_transforms, name_of, rescored, told
 from data.rowstore import RowStore, RowView, numbered, prompt_key
@@ -55,6 +58,8 @@ class DataSpec:
     """What becomes of the scores of a prompt's responses before that, one after the other."""
     relabel: tuple[Relabeler, ...] = ()
     """Each maps a row to the rows that replace it, one after the other."""
+    filters: tuple[Any, ...] = ()
+    """What removes rows as they were read, before all of that, one after the other; see ``data.filters``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,25 +79,21 @@ class Gathered:
 
 
 def read_sources(spec: DataSpec, workers: Workers | None = None, store: RowStore | None = None) -> Gathered:
-    """Training and evaluation rows: read, rescored, given their legs, held out, relabelled, mixed. Needs no tokenizer.
+    """Training and evaluation rows: read, filtered, rescored, given their legs, held out, relabelled, mixed.
 
     Args:
         spec: what to read.
         workers: convert and arrange large datasets.
         store: takes all rows.
     Raises:
-        DataError: see ``load_rows``, ``rescored``, ``arrange`` and ``with_mismatched``; also when rule, reward
-            transforms or relabelers don't go with data or objective.
+        DataError: see ``load_rows``, ``filtered``, ``rescored``, ``arrange`` and ``with_mismatched``; also when rule,
+            reward transforms or relabelers don't go with data or objective.
     """
     check_transforms(spec.reward_transforms)
     workers = Workers(0) if workers is None else workers
     store = RowStore(cache_dir() / "rows") if store is None else store  # an empty one is false
 
-    def load(source: Source) -> LoadedRows:
-        return load_rows(source, limit=spec.max_rows, store=store, workers=workers)
-
-    loaded = [load(source) for source in spec.train]
-    evaluated = [] if spec.eval is None else [load(spec.eval)]
+    loaded, evaluated = load(spec, workers, store)
     legs = _legs_to_arrange(spec)
     _refuse_idle_rule(spec, [*loaded, *evaluated], legs)
     as_read = [*loaded, *evaluated]
@@ -155,6 +156,21 @@ def read_sources(spec: DataSpec, workers: Workers | None = None, store: RowStore
         },
         kept_share=math.prod(1 - missing / max(total, 1) for missing, total in lost),
     )
+
+
+def load(spec: DataSpec, workers: Workers, store: RowStore) -> tuple[list[LoadedRows], list[LoadedRows]]:
+    """The training sources without what filters remove, and the evaluation set where one is named.
+
+    Raises:
+        DataError: see ``load_rows`` and ``filtered``.
+    """
+
+    def read(source: Source) -> LoadedRows:
+        return load_rows(source, limit=spec.max_rows, store=store, workers=workers)
+
+    loaded = [read(source) for source in spec.train]
+    evaluated = [] if spec.eval is None else [read(spec.eval)]
+    return filtered(spec.filters, loaded, evaluated, workers), evaluated
 
 
 def _view(loaded: LoadedRows) -> RowView:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import objectives
+from data.filters import NearDuplicates
+from data.overlap import split_of
 from data.reading import version_of, version_of_files
 from data.store import digest
 
@@ -45,6 +47,7 @@ def identity_of(spec: DataSpec) -> str | None:
                 for each in (*spec.train, *([] if spec.eval is None else [spec.eval]))
             ],
             [len(spec.train), [_encoder(name) for name in _encoders(spec)]],
+            [[_read_by(each) for each in spec.filters]],
         )
     except (_Unknown, OSError):  # what can't be read is told by reading it
         return None
@@ -82,6 +85,18 @@ def _version(source: Source, spec: DataSpec) -> str:
     if found is None:
         raise _Unknown(source.dataset_name)
     return found
+
+
+def _read_by(each: Any) -> list[Any]:
+    """What a filter's outcome depends on besides rows and keys: files it reads, the library of MinHash."""
+    against = getattr(each, "against", ())
+    versions = [version_of(name, split=split_of(name), config=None, streaming=False) for name in against]
+    if None in versions:
+        raise _Unknown(str(against))
+    try:
+        return [versions, importlib.metadata.version("rensa") if isinstance(each, NearDuplicates) else ""]
+    except importlib.metadata.PackageNotFoundError:  # reading the rows says so
+        raise _Unknown("rensa") from None
 
 
 def _encoders(spec: DataSpec) -> list[str]:

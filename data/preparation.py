@@ -79,7 +79,7 @@ def prepare(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Prepared:
                     part.write_text(json.dumps(folder.name))
                     os.replace(part, note)
     report = json.loads((folder / "report.json").read_text())
-    _refuse_losses(report, spec)
+    refuse_losses(report, spec)
     return Prepared(
         train=Split.load(folder / "train"),
         eval=Split.load(folder / "eval") if (folder / "eval").is_dir() else None,
@@ -221,7 +221,7 @@ def _token_totals(tables: Mapping[str, TokenTable]) -> dict[str, int]:
     return dict(totals)
 
 
-def _refuse_losses(report: Mapping[str, Any], spec: DataSpec) -> None:
+def refuse_losses(report: Mapping[str, Any], spec: DataSpec) -> None:
     """Stops a run whose data is mostly unusable."""
     rows, reasons = report["rows"], report["dropped"]
     names = names_of(spec)

@@ -32,7 +32,7 @@ KINDS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parq
 KNOWN_FILES = "json, jsonl, parquet, arrow or csv, also with .gz"
 TICK = 20_000_000
 """Nanoseconds after which a file that is written again has another time."""
-METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+METADATA = {"manifest.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
 
 def read(

@@ -89,7 +89,7 @@ def pack_rows(rows: Iterable[Row]) -> Packed:
             )
         )
         ends.append(file.tell())
-        prompts.append(xxhash.xxh3_128_digest(prompt_key(row.prompt).encode("utf-8", "surrogatepass")))
+        prompts.append(_text_digest(row.prompt))
         labels.append(-1 if row.label is None else int(row.label))
         labelled, text = row.label is not None, isinstance(row.prompt, str)
         kind = Kind(row.source, tuple(row.responses), labelled, bool(row.candidates), tuple(row.scores), text)
@@ -106,6 +106,15 @@ def pack_rows(rows: Iterable[Row]) -> Packed:
         np.array(kinds, dtype=np.int32),
         tuple(known),
     )
+
+
+def _text_digest(prompt: Text) -> bytes:
+    return xxhash.xxh3_128_digest(prompt_key(prompt).encode("utf-8", "surrogatepass"))
+
+
+def text_hashes(prompts: Iterable[Text]) -> np.ndarray:
+    """128 bits of each prompt as it stands in the dataset, (row, 2)."""
+    return _hashes([_text_digest(prompt) for prompt in prompts])
 
 
 def _hashes(digests: Sequence[bytes]) -> np.ndarray:

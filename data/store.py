@@ -22,7 +22,7 @@ from data.tokens import TokenRow
 
 PIECE = 2**22
 """Numbers of an array that are read at a time."""
-FORMAT = 4
+FORMAT = 5
 """Raise when the meaning of stored arrays changes; older caches are then not found."""
 
 
@@ -73,6 +73,13 @@ class Ragged:
         """Length of every sequence."""
         return np.diff(self.offsets)
 
+    def take(self, rows: np.ndarray) -> Ragged:
+        """The given sequences, in the given order."""
+        starts, ends = np.asarray(self.offsets)[rows], np.asarray(self.offsets)[rows + 1]
+        parts = [self.values[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+        values = np.concatenate([np.zeros(0, dtype=self.values.dtype), *parts])
+        return Ragged(values, np.concatenate([[0], np.cumsum(ends - starts)]).astype(np.int64))
+
     @staticmethod
     def of(sequences: Sequence[Sequence[int]]) -> Ragged:
         """Packs lists of token ids."""
@@ -121,13 +128,10 @@ class TokenTable:
 
     def take(self, rows: np.ndarray) -> TokenTable:
         """The given rows, in the given order."""
-
-        def pick(ragged: Ragged) -> Ragged:
-            return Ragged.of([ragged[int(row)].tolist() for row in rows])
-
         labels = None if self.labels is None else np.asarray(self.labels)[rows]
         scores = {name: np.asarray(values)[rows] for name, values in self.scores.items()}
-        return TokenTable(pick(self.prompts), {name: pick(leg) for name, leg in self.legs.items()}, labels, scores)
+        legs = {name: leg.take(rows) for name, leg in self.legs.items()}
+        return TokenTable(self.prompts.take(rows), legs, labels, scores)
 
     def fingerprint(self) -> str:
         """Content hash of all token ids, boundaries, scores and labels."""

@@ -90,11 +90,29 @@ class Split:
     """Which prompt each row has, as a number: rows of one prompt form a cluster."""
     groups: Sequence[str] = ()
     """``Row.group`` of each row: what evaluation reports apart; "" where it has none."""
+    texts: np.ndarray | None = None
+    """128 bits of each row's prompt as it stands in the dataset, (row, 2)."""
+
+    def prompt_id(self, row: int) -> str:
+        """The name of a row's prompt, the same whatever the tokenizer; that of ``align.samples.prompt_id``."""
+        assert self.texts is not None, "a split that is evaluated knows its prompts"
+        return self.texts[row].tobytes().hex()
 
     def name(self, row: int) -> str:
         """``source, row index``, for messages."""
         source, index = self.where[row]
         return f"{source}, row {index}"
+
+    def take(self, rows: np.ndarray) -> Split:
+        """The given rows, in the given order."""
+        numbers: list[int] = rows.tolist()
+        return Split(
+            table=self.table.take(rows),
+            where=[self.where[row] for row in numbers],
+            prompts=self.prompts[rows],
+            groups=[self.groups[row] for row in numbers] if len(self.groups) else (),
+            texts=None if self.texts is None else self.texts[rows],
+        )
 
     @staticmethod
     def load(folder: Path) -> Split:
@@ -108,6 +126,7 @@ class Split:
             table=TokenTable.load(folder),
             where=Where(names["sources"], mapped("sources"), mapped("indices")),
             prompts=mapped("prompts"),
+            texts=mapped("texts"),
             groups=Names(names["groups"], mapped("groups")),
         )
 
@@ -135,7 +154,13 @@ class SplitWriter:
         self.folder = folder
         self._files: dict[str, IO[bytes]] = {}
         self._lengths: dict[str, list[np.ndarray]] = {}
-        self._arrays: dict[str, list[np.ndarray]] = {"labels": [], "indices": [], "prompts": [], "rows": []}
+        self._arrays: dict[str, list[np.ndarray]] = {
+            "labels": [],
+            "indices": [],
+            "prompts": [],
+            "rows": [],
+            "texts": [],
+        }
         self._scores: dict[str, list[tuple[int, np.ndarray]]] = {}
         self._sources, self._groups = _Numbers(), _Numbers()
         self._count = 0
@@ -166,7 +191,7 @@ class SplitWriter:
 
     def finish(self) -> Written:
         """Completes the files, and says what is known of all rows."""
-        labels, indices, prompts, rows = (
+        labels, indices, prompts, rows, texts = (
             np.concatenate(parts) if parts else np.zeros((0, 2)) for parts in self._arrays.values()
         )
         if not self._count:
@@ -185,6 +210,7 @@ class SplitWriter:
                 values[start : start + len(part)] = part
             self._save(f"score.{name}", values)
         self._save("prompts", numbered(prompts))
+        self._save("texts", texts)
         self._save("indices", indices)
         self._save("sources", np.concatenate(self._sources.parts))
         self._save("groups", np.concatenate(self._groups.parts))

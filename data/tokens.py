@@ -19,7 +19,7 @@ import xxhash
 from data.chat import Rendered, render
 from data.codec import Codec
 from data.errors import DataError
-from data.rowstore import BATCH, RowView, rows_from
+from data.rowstore import BATCH, RowView, rows_from, text_hashes
 from data.shapes import MISMATCHED
 from data.workers import Workers
 from objectives.rows import Row
@@ -185,6 +185,8 @@ class TokenChunk:
     indices: np.ndarray
     prompts: np.ndarray
     """128 bits that say which rows have the same prompt tokens, (row, 2)."""
+    texts: np.ndarray
+    """128 bits of each prompt's text, the same whatever the tokenizer, (row, 2)."""
     rows: np.ndarray
     """128 bits that say which rows are the same, whatever their mismatched responses, (row, 2)."""
     dropped: list[Dropped]
@@ -207,6 +209,7 @@ def tokenize_batch(how: Tokenisation, source: Any) -> TokenChunk:
         groups=[row.group for row, _ in found],
         indices=np.array([row.index for row, _ in found], dtype=np.int64),
         prompts=prompts,
+        texts=text_hashes(row.prompt for row, _ in found),
         rows=same,
         dropped=dropped,
         stats=stats,

@@ -38,6 +38,12 @@ class Column:
 
 
 COLUMNS: Mapping[str, Column] = {
+    "rater_share": Column(
+        about="the share of raters who prefer the chosen response",
+        leg="chosen",
+        lowest=0.0,
+        highest=1.0,
+    ),
     "chosen_by": Column(
         about="who wrote the chosen response",
         leg="chosen",

@@ -80,15 +80,15 @@ class Registry:
 
 def field_docs(cls: type) -> dict[str, str]:
     """The string written under each field of a dataclass, by field name: keys are documented once, there."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     docs: dict[str, str] = {}
-    assert isinstance(tree.body[0], ast.ClassDef)
-    body = tree.body[0].body
-    for node, following in pairwise(body):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            text = following.value if isinstance(following, ast.Expr) else None
-            if isinstance(text, ast.Constant) and isinstance(text.value, str):
-                docs[node.target.id] = " ".join(text.value.split())
+    for part in reversed([each for each in cls.__mro__ if is_dataclass(each)]):
+        tree = ast.parse(textwrap.dedent(inspect.getsource(part)))
+        assert isinstance(tree.body[0], ast.ClassDef)
+        for node, following in pairwise(tree.body[0].body):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                text = following.value if isinstance(following, ast.Expr) else None
+                if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                    docs[node.target.id] = " ".join(text.value.split())
     return docs
 
 

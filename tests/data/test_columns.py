@@ -19,6 +19,7 @@ from data.preparation import Prepared, prepare, read_sources
 from data.rowstore import pack_rows, unpack_row
 from data.shapes import RowsKind, objectives_for
 from data.sources import Source
+from evals.evaluations.pairs import Ranking
 from objectives import COLUMNS, OBJECTIVES, RELABELERS, Candidate, Row
 from objectives.reward_transforms import Clip, Unlikeliness, ZScore
 from tests.data.byte_level import byte_level
@@ -254,11 +255,12 @@ def test_what_such_rows_serve_includes_what_reads_them():
         assert not {"xpo", "nash_md"} & set(objectives_for([kind]))
 
 
-def test_every_column_is_some_objective_s():
+def test_every_column_is_some_objective_s_or_evaluation_s():
+    measured = set(Ranking(alpha="data").needs.columns)
     needed = {name for cls in map(OBJECTIVES.__getitem__, OBJECTIVES) if not hasattr(cls, "example") for name in (
         cls().needs.columns
     )}  # fmt: skip
-    assert needed == set(COLUMNS)
+    assert needed | measured == set(COLUMNS)
 
 
 # ---- log-probs of scored responses ----
