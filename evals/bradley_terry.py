@@ -13,7 +13,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,8 +22,16 @@ from scipy.special import expit
 
 from evals.bootstrap import SEED, drawn_blocks, interval_of, numbers_of
 from evals.measured import own_prompts
+from evals.ranking import Metric
 from objectives.stats import Estimate
 
+METRICS: Mapping[str, Metric] = {
+    "bradley_terry/win_rate": Metric(
+        "Chance to beat the first baseline, from the games of all models", "share", "higher"
+    ),
+    "bradley_terry/elo": Metric("Strength from the games of all models; the first baseline has 1000", "Elo", "higher"),
+}
+"""Every metric of this module."""
 ELO = 400 / np.log(10)
 """Elo points per unit of θ."""
 DRAWS = 1000

@@ -9,7 +9,6 @@ import html
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,18 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from evals.card_info import CardInfo
+from evals.card_limits import limits
+from evals.card_plots import FOLDER, Plot, draw
+from evals.card_results import TITLES, conditions, final, groups, label
 from evals.curves import show_number, show_share
 from evals.metrics import METRICS
 from evals.redact import is_hub_id, public, scrub, shown_name
 from evals.results import Result, write_atomically
 from evals.run_files import RunFiles, read_run
-from evals.summary import calibration, headline, notes, of_part, parts, show, show_interval, unit_of, whole
+from evals.summary import calibration, headline, of_part, parts, show, show_interval, unit_of, whole
+
+__all__ = ["CardInfo", "code_block", "escape_markdown", "write_card"]
 
 LEADING = (
     "ranking/accuracy",
@@ -35,58 +40,21 @@ LEADING = (
     "reward_model/absolute_error",
     "reward_model/spearman",
 )
-"""Of our own metrics, those that go into the metadata; the table in the card has them all."""
+"""Of our own metrics without a better and a worse, and of those on given pairs, what goes into the metadata; the tables
+in the card have them all."""
+ON_PAIRS = ("ranking", "rewards", "displacement", "flow", "ches", "reward_model", "labels")
+"""Kinds of metrics of which only the leading ones go into the metadata."""
 TAGS = ("generated_from_trainer", "preference-alignment", "align-preferences")
 MOST_REASONS = 30
 """Reasons for dropping rows that are listed; the rest is one line."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CardInfo:
-    """What a card needs and a run directory does not say by itself.
+def write_card(run_dir: Path, *, info: CardInfo | None = None) -> Path:
+    """Writes ``README.md``, its pictures and, for results on Hub datasets, ``.eval_results/<dataset>.yaml``.
 
-    Raises:
-        ValueError: if ``license`` is not an id such as ``apache-2.0``.
-    """
-
-    base_model: str
-    """Hub id or local path of the model that was trained."""
-    datasets: Sequence[str]
-    """Hub ids or local paths; only the ids go into the metadata."""
-    objective: str
-    """Registry name; ``dpo + sft`` for several."""
-    formula: str
-    """As the objective's docstring has it."""
-    citation: str
-    """Where the formula is from."""
-    adapter: bool
-    """Whether a PEFT adapter was trained, rather than the whole model."""
-    command: str
-    """The command line that trained it."""
-    usage: str = ""
-    """How the model is meant to be asked, where prompts alone are not enough."""
-    license: str | None = None
-    """Of the trained model, if known; nothing is guessed."""
-    versions: Mapping[str, str] = field(default_factory=dict)
-    """Library to version."""
-    resumes: Sequence[str] = ()
-    """One sentence for each time the run was resumed."""
-    model_name: str = ""
-    """Of the trained model; default is the run directory's name."""
-    language: Sequence[str] = ()
-    """ISO 639-1 codes of the training data, if known."""
-    repo_id: str = ""
-    """Where it will be on the Hub, for the quick start."""
-    outputs: Sequence[str] = ()
-    """Names of a scalar head's outputs, all of them in order; empty for a language model."""
-
-    def __post_init__(self) -> None:
-        if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", self.license):
-            raise ValueError(f"license {self.license!r} is not an id such as 'apache-2.0' or 'other'")
-
-
-def write_card(run_dir: Path, *, info: CardInfo) -> Path:
-    """Writes ``README.md`` and, for results on Hub datasets, ``.eval_results/<dataset>.yaml``.
+    Args:
+        run_dir: a run's.
+        info: what its files do not say; default is what the run left in ``card.json``.
 
     Returns:
         The path of ``README.md``.
@@ -94,6 +62,7 @@ def write_card(run_dir: Path, *, info: CardInfo) -> Path:
     Raises:
         ValueError: in one sentence, if the run directory cannot be read (see ``evals.run_files.read_run``).
     """
+    info = CardInfo.read(run_dir) if info is None else info
     run = read_run(run_dir)
     name = public(info.model_name or run_dir.resolve().name)
     environment = Environment(
@@ -107,7 +76,7 @@ def write_card(run_dir: Path, *, info: CardInfo) -> Path:
     body = environment.get_template("card.md.jinja").render(**_context(run, info, name))
     path = run_dir / "README.md"
     write_atomically(path, f"---\n{_front_matter(run, info, name)}---\n\n{body.strip()}\n")
-    _write_eval_results(run_dir / ".eval_results", _final(run))
+    _write_eval_results(run_dir / ".eval_results", run, info)
     return path
 
 
@@ -154,6 +123,13 @@ def _context(run: RunFiles, info: CardInfo, name: str) -> dict[str, Any]:
         "headline": headline(run),
         "reward_model": bool(info.outputs),
         "quick_start": code_block(_quick_start(run, info), "python"),
+        "plots": draw(run),
+        "plot_folder": FOLDER,
+        "picture": _picture,
+        "reference": _reference(info, identity),
+        "trackers": _trackers(run.path),
+        "share_of": lambda count: show_share(count / kept) if (kept := (data.get("rows") or {}).get("kept")) else "—",
+        "tokens_lost": data.get("tokens_lost") or {},
         "rows": data.get("rows") or {},
         "dropped": dropped[:MOST_REASONS],
         "dropped_more": sum(count for _, count in dropped[MOST_REASONS:]),
@@ -161,7 +137,8 @@ def _context(run: RunFiles, info: CardInfo, name: str) -> dict[str, Any]:
         "dataset_hash": data.get("dataset_hash"),
         "settings": _flat(scrub(run.recipe)),
         "steps": run.steps,
-        "results": [(r, METRICS[r.metric].label if r.metric in METRICS else "") for r in _shown(run)],
+        "groups": groups(_shown(run)),
+        "label": label,
         "parts": parts(run),
         "part_metrics": list(dict.fromkeys(metric for part in parts(run) for metric in part.cells)),
         "calibration": calibration(run),
@@ -170,7 +147,7 @@ def _context(run: RunFiles, info: CardInfo, name: str) -> dict[str, Any]:
         "unit": lambda metric: {"share": "", "points": "", "nats": "nats"}.get(unit_of(metric), ""),
         "checks": [scrub(check) for check in run.checks],
         "resumes": [public(line) for line in info.resumes],
-        "notes": [note.text for note in notes(run)],
+        "limits": [public(line) for line in limits(run, info, _final(run))],
         "versions": {str(k): public(str(v)) for k, v in info.versions.items()},
         "identity": _flat({k: v for k, v in identity.items() if not (k == "versions" and info.versions)}),
         "command": code_block(public(info.command), "sh"),
@@ -188,16 +165,21 @@ def _front_matter(run: RunFiles, info: CardInfo, name: str) -> str:
     results = [
         EvalResult(
             task_type=_task(info),
-            task_name=("Reward modelling" if info.outputs else "Preference ranking")
-            if r.metric in METRICS
-            else "Evaluation",
+            task_name=_task_name(r, info),
             dataset_type=r.dataset if is_hub_id(r.dataset) else _slug(shown_name(r.dataset)),
             dataset_name=shown_name(r.dataset),
             dataset_split=public(r.split),
             metric_type=r.metric,
             metric_name=METRICS[r.metric].label if r.metric in METRICS else r.metric,
             metric_value=r.value,
-            metric_args={"n": r.n, "clusters": r.clusters, "low": r.low, "high": r.high, "interval": r.interval},
+            metric_args={
+                "n": r.n,
+                "clusters": r.clusters,
+                "low": r.low,
+                "high": r.high,
+                "interval": r.interval,
+                **({} if _kind(r) in ON_PAIRS else conditions(r.extra)),
+            },
         )
         for r in _final(run)
         if _leading(r)
@@ -211,7 +193,7 @@ def _front_matter(run: RunFiles, info: CardInfo, name: str) -> str:
         license=info.license,
         language=list(info.language) or None,
         pipeline_tag=_task(info),
-        tags=[*TAGS, *(["reward-model"] if info.outputs else []), *objectives],
+        tags=list(dict.fromkeys([*TAGS, *(["reward-model"] if info.outputs else []), *objectives, *info.tags])),
         model_name=name,
         eval_results=results or None,
     )
@@ -219,34 +201,45 @@ def _front_matter(run: RunFiles, info: CardInfo, name: str) -> str:
     return yaml.safe_dump({"model_name": name, **card.to_dict()}, sort_keys=False, allow_unicode=True)
 
 
-def _write_eval_results(folder: Path, results: Sequence[Result]) -> None:
+def _write_eval_results(folder: Path, run: RunFiles, info: CardInfo) -> None:
     """One file per Hub dataset; files of an earlier card are removed."""
     for stale in folder.glob("*.yaml") if folder.is_dir() else ():
         stale.unlink()
-    for dataset in dict.fromkeys(r.dataset for r in results if _leading(r) and is_hub_id(r.dataset)):
+    results = [r for r in _final(run) if _leading(r) and is_hub_id(r.dataset)]
+    date = run.results.run.get("date") if run.results else None
+    source = f"https://huggingface.co/{info.repo_id}" if is_hub_id(info.repo_id) else None
+    for dataset in dict.fromkeys(r.dataset for r in results):
         entries = [
             EvalResultEntry(
                 dataset_id=dataset,
-                task_id=r.metric.replace("/", "_"),
+                task_id=re.sub(r"[^A-Za-z0-9\-]", "_", r.metric),
                 value=r.value,
-                notes=f"split {public(r.split)}, step {r.step}, n {r.n} in {r.clusters} prompts, "
-                f"95 % {show_interval(r.metric, r.low, r.high)} ({r.interval})",
+                date=date if isinstance(date, str) else None,
+                source_url=source,
+                source_name=source and "Model card",
+                notes=_notes(r),
             )
             for r in results
-            if r.dataset == dataset and _leading(r)
+            if r.dataset == dataset
         ]
         text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
         write_atomically(folder / f"{_slug(dataset)}.yaml", text)
 
 
+def _notes(r: Result) -> str:
+    """Of a line in ``.eval_results``: where the number comes from, its interval, and under which conditions."""
+    known = {} if _kind(r) in ON_PAIRS else conditions(r.extra)
+    return "; ".join(
+        [
+            f"split {public(r.split)}, step {r.step}, n {r.n} in {r.clusters} prompts, "
+            f"95 % {show_interval(r.metric, r.low, r.high)} ({r.interval})",
+            *(f"{key} {text}" for key, text in known.items()),
+        ]
+    )
+
+
 def _final(run: RunFiles) -> list[Result]:
-    """Of each metric on each split, the result at the latest step."""
-    latest: dict[tuple[str, str, str], Result] = {}
-    for result in run.results.results if run.results else ():
-        key = (result.metric, result.dataset, result.split)
-        if key not in latest or result.step >= latest[key].step:
-            latest[key] = result
-    return list(latest.values())
+    return final(run.results.results if run.results else ())
 
 
 def _shown(run: RunFiles) -> list[Result]:
@@ -259,8 +252,70 @@ def _task(info: CardInfo) -> str:
     return "text-classification" if info.outputs else "text-generation"
 
 
+def _kind(result: Result) -> str:
+    return result.metric.partition("/")[0]
+
+
+def _task_name(result: Result, info: CardInfo) -> str:
+    if _kind(result) in ON_PAIRS:
+        return "Reward modelling" if info.outputs else "Preference ranking"
+    return TITLES.get(_kind(result), "Evaluation")
+
+
 def _leading(result: Result) -> bool:
-    return result.metric in LEADING or result.metric not in METRICS
+    if result.metric in LEADING or result.metric not in METRICS:
+        return True
+    return _kind(result) not in ON_PAIRS and METRICS[result.metric].better != ""
+
+
+def _picture(plot: Plot) -> Raw:
+    """A Markdown picture; what it shows is told in words too."""
+    return Raw(f"![{escape_markdown(plot.spoken)}]({FOLDER}/{plot.name}.png)")
+
+
+def _reference(info: CardInfo, identity: Mapping[str, Any]) -> dict[str, str]:
+    """Identity of the reference model, in words."""
+    if info.reference is None:
+        return {}
+    names = {"initial": "the model as it was before training", "base": "the base model without an adapter"}
+    ways = {
+        "cached": "computed once before the first step",
+        "adapter_off": "the policy with its adapter switched off",
+        "live": "a second model, in every step",
+    }
+    found = {
+        "reference": names.get(info.reference, shown_name(info.reference)),
+        "its log-probs": ways.get(info.reference_source, info.reference_source),
+        "hash of its weights": info.reference_fingerprint or "not taken",
+        "hash of the weights that training began with": str(identity.get("fingerprint") or "not taken"),
+    }
+    if info.reference_moves:
+        found["moved"] = "it followed the policy during training"
+    return found
+
+
+BADGES = {
+    "wandb": '<img src="https://raw.githubusercontent.com/wandb/assets/main/wandb-github-badge-28.svg" '
+    'alt="Visualize in Weights & Biases" width="150" height="24"/>',
+}
+
+
+def _trackers(run_dir: Path) -> list[Raw]:
+    """Where the run was followed, a sentence each; with a badge and a link where it can be looked at."""
+    path = run_dir / "trackers.json"
+    try:
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    lines: list[Raw] = []
+    for name, entry in known.items():
+        link = str(entry.get("link") or "")
+        shown = escape_markdown(public(str(entry.get("shown") or name)))
+        if re.fullmatch(r"https://[A-Za-z0-9.\-]+(?::\d+)?/[\w\-./~%]*", link):
+            lines.append(Raw(f"[{BADGES.get(name, escape_markdown(name))}]({link}) {shown}"))
+        else:
+            lines.append(Raw(shown))
+    return lines
 
 
 def _quick_start(run: RunFiles, info: CardInfo) -> str:

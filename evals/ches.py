@@ -22,6 +22,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from align.scoring import sums_of_states
+from data.pack import PackedBatch
 from evals.correlation import correlations
 from evals.measured import Measured, kept_prompts, own_prompts
 from evals.ranking import Metric, mean_of
@@ -117,6 +119,27 @@ class StateSums:
             "n": self.counts.cpu().numpy(),
             "last": self.last.double().cpu().numpy(),
         }
+
+
+def of_batch(states: Float[Tensor, "response hidden"], batch: PackedBatch) -> dict[str, Tensor]:
+    """The scores of a batch's pairs while its states are there: what one pass keeps of them.
+
+    Args:
+        states: final hidden states that predict the response tokens, in the batch's order.
+        batch: with the legs chosen and rejected.
+    Returns:
+        ``ches``, ``ln_ches`` and ``last_hidden``, float64, (row,).
+    """
+    (chosen, last_chosen), (rejected, last_rejected) = (
+        sums_of_states(states, batch, leg) for leg in ("chosen", "rejected")
+    )
+    n_chosen, n_rejected = (batch.legs[leg].mask.sum(dim=1)[:, None].double() for leg in ("chosen", "rejected"))
+    mean_chosen = chosen / n_chosen
+    return {
+        "ches": (chosen * (rejected - chosen)).sum(dim=1),
+        "ln_ches": (mean_chosen * (rejected / n_rejected - mean_chosen)).sum(dim=1),
+        "last_hidden": (last_chosen * last_rejected).sum(dim=1),
+    }
 
 
 # ---- scores of pairs ----

@@ -30,11 +30,15 @@ from objectives.stats import Z95
 CONDITIONS: Mapping[str, tuple[str, ...]] = {
     "template": ("template",),
     "sampling": ("sampling", "samples", "temperature", "top_p", "top_k", "min_p", "max_tokens", "stop", "system"),
-    "judge": ("judge", "judge_template", "policy", "kind", "margin", "strict", "betas"),
+    "judge": ("judge", "judge_template", "judge_settings", "orders", "tau", "truncated_policy", "verifier", "scorers",
+              "strategy", "right_at", "policy", "kind", "margin", "strict", "betas"),
     "baseline": ("baseline",),
-    "data": ("dataset_hash",),
-}
+    "reference": ("reference",),
+    "data": ("dataset_hash", "max_length", "truncation"),
+}  # fmt: skip
 """What must be alike, and the keys of a result's ``extra`` it is read from; the template's is also one of the run."""
+MAY_BE_UNKNOWN = ("reference", "max_length", "truncation")
+"""Keys that held-out rows of a run's own evaluations do not carry: absent is not different."""
 ALLOWABLE = (*CONDITIONS, "n")
 """Differences that can be allowed by name; ``n`` is the number of prompts of an unpaired comparison."""
 CORRECTIONS = {"holm": holm, "bh": benjamini_hochberg}
@@ -277,7 +281,7 @@ def _differing(one: Run, two: Run, a: Result, b: Result) -> Iterator[tuple[str, 
     for condition, keys in CONDITIONS.items():
         for key in keys:
             here, there = (_condition(key, run, result) for run, result in ((one, a), (two, b)))
-            if here != there:
+            if here != there and not (key in MAY_BE_UNKNOWN and None in (here, there)):
                 yield condition, f"{key} {_short(here)}", _short(there)
                 break
 

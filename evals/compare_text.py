@@ -15,7 +15,7 @@ MOST_PROMPTS = 1_000_000
 def rendered(comparison: Comparison) -> str:
     """The whole of it."""
     names = short_names([run.name for run in comparison.runs])
-    parts = [_table(comparison, names), *_sentences(comparison, names), _legend(comparison)]
+    parts = [_table(comparison, names), *_sentences(comparison, names), legend(comparison)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -49,17 +49,28 @@ def _table(comparison: Comparison, names: dict[str, str]) -> str:
 
 def _sentences(comparison: Comparison, names: dict[str, str]) -> Iterator[str]:
     several = len({key[1:] for key in comparison.keys}) > 1
+    for title, members in grouped(comparison):
+        yield "\n".join([f"{title}:", *(f"  {sentence(each, names, several)}" for each in members)])
+
+
+def grouped(comparison: Comparison) -> list[tuple[str, list[Compared]]]:
+    """Pairs of runs by what can be said of them; groups without any are absent."""
     groups = (
-        ("Better, beyond chance:", [each for each in comparison.pairs if each.better is not None]),
-        ("Can't be said:", [each for each in comparison.pairs if each.better is None and each.refused is None]),
-        ("Not compared:", [each for each in comparison.pairs if each.refused is not None]),
+        ("Better, beyond chance", [each for each in comparison.pairs if each.better is not None]),
+        ("Can't be said", [each for each in comparison.pairs if each.better is None and each.refused is None]),
+        ("Not compared", [each for each in comparison.pairs if each.refused is not None]),
     )
-    for title, members in groups:
-        if members:
-            yield "\n".join([title, *(f"  {_sentence(each, names, several)}" for each in members)])
+    return [(title, members) for title, members in groups if members]
 
 
-def _sentence(each: Compared, names: dict[str, str], several: bool) -> str:
+def sentence(each: Compared, names: dict[str, str], several: bool) -> str:
+    """What is known of one pair of runs on one metric.
+
+    Args:
+        each: the pair.
+        names: what to call the runs.
+        several: whether to say on which split, for there are several.
+    """
     first, second = names[each.first], names[each.second]
     on = f"{each.metric}{f' ({each.dataset}, {each.split})' if several else ''}"
     if each.refused is not None:
@@ -93,7 +104,8 @@ def _needed(each: Compared) -> str:
     return f"To show one this size needs about {_about(each.needed)} prompts; {each.prompts} would show {shown}."
 
 
-def _legend(comparison: Comparison) -> str:
+def legend(comparison: Comparison) -> str:
+    """How differences, intervals and p-values are to be read."""
     tests = sum(each.p_value is not None for each in comparison.pairs)
     how = "Holm" if comparison.correction == "holm" else "Benjamini-Hochberg"
     level = f"{comparison.level:g}"

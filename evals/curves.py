@@ -7,14 +7,15 @@ light or dark mode, and weighs a hundred times as much.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from markupsafe import Markup, escape
 
-WIDTH, HEIGHT = 360, 196
-LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 26
+WIDTH, HEIGHT = 360, 226
+LEFT, RIGHT, TOP, BOTTOM = 48, 12, 24, 40
 MOST_POINTS = 400
 """A line with more is thinned, keeping each bucket's lowest and highest point, so that no spike is lost."""
 SMOOTH_FROM = 80
@@ -74,7 +75,14 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def panel(
-    series: Sequence[Series], *, title: str, share: bool = False, log: bool = False, mark: float | None = None
+    series: Sequence[Series],
+    *,
+    title: str,
+    share: bool = False,
+    log: bool = False,
+    mark: float | None = None,
+    x_name: str = "optimizer step",
+    y_name: str = "",
 ) -> Markup:
     """One panel: axes, bands, lines, and a mark for every value that was not finite.
 
@@ -84,6 +92,8 @@ def panel(
         share: values are shares, shown as percentages.
         log: logarithmic ordinate, if all values are positive.
         mark: a level to draw a hairline at, if it lies in view (zero, chance).
+        x_name: of the abscissa.
+        y_name: of the ordinate, with its unit; nothing where values are pure numbers.
     """
     show = show_share if share else show_number
     finite = [v for s in series for v in (*s.values, *(s.low or ()), *(s.high or ())) if math.isfinite(v)] or [0.0, 1.0]
@@ -110,63 +120,59 @@ def panel(
     for step in ticks(first, last):
         if step == round(step):
             label = escape(_tick(step, False))
-            parts.append(f'<text class="tick" x="{x(step):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{label}</text>')
+            parts.append(
+                f'<text class="tick" x="{x(step):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{label}</text>'
+            )
     if mark is not None and not log and low < mark < high:
         parts.append(f'<line class="mark" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(mark):.1f}" y2="{y(mark):.1f}"/>')
     for s in series:
         parts += _line(s, x, y, show)
-    spoken = escape("; ".join(f"{s.label} ends at {show(s.last)}" for s in series))
+    parts += _names(x_name, y_name or ("share" if share else ""))
+    return _drawing(parts, f"{title}: {'; '.join(f'{s.label} ends at {show(s.last)}' for s in series)}")
+
+
+def _names(x_name: str, y_name: str) -> list[str]:
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    names = [f'<text class="axis-name" x="{middle:g}" y="{HEIGHT - 7}" text-anchor="middle">{escape(x_name)}</text>']
+    return [*names, f'<text class="axis-name" x="4" y="13">{escape(y_name)}</text>'] if y_name else names
+
+
+def _drawing(parts: Sequence[str], about: str) -> Markup:
+    told = escape(well_formed(about))
     return Markup(
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}: {spoken}">{"".join(parts)}</svg>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{told}"><title>{told}</title>'
+        f"{''.join(parts)}</svg>"
     )
 
 
-def whisker(value: float, low: float, high: float, *, span: tuple[float, float], colour: int = 0) -> Markup:
-    """A dot with its interval on a short axis from ``span[0]`` to ``span[1]``; decoration beside the numbers."""
+def well_formed(text: str) -> str:
+    """The text with every character that XML and UTF-8 have no place for (NUL, half a surrogate pair) replaced."""
+    return _NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+_NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+
+
+def whisker(
+    value: float, low: float, high: float, *, span: tuple[float, float], colour: int = 0, middle: bool = False
+) -> Markup:
+    """A dot with its interval on a short axis from ``span[0]`` to ``span[1]``; decoration beside the numbers.
+
+    With ``middle`` the middle of the axis is marked.
+    """
     width, height, edge = 120.0, 14.0, 5.0
 
     def x(at: float) -> float:
         share = (min(max(at, span[0]), span[1]) - span[0]) / (span[1] - span[0])
         return edge + (width - 2 * edge) * share
 
+    centre = f'<line class="mark" x1="{width / 2:g}" x2="{width / 2:g}" y1="0" y2="{height:g}"/>'
     return Markup(
         f'<svg class="whisker" viewBox="0 0 {width:g} {height:g}" aria-hidden="true">'
         f'<line class="grid" x1="{edge}" x2="{width - edge}" y1="7" y2="7"/>'
+        f"{centre if middle else ''}"
         f'<line class="bar c{colour}" x1="{x(low):.1f}" x2="{x(high):.1f}" y1="7" y2="7"/>'
         f'<circle class="dot c{colour}" cx="{x(value):.1f}" cy="7" r="3.4"/></svg>'
-    )
-
-
-def reliability(bins: Sequence[Mapping[str, float]]) -> Markup:
-    """Share that is right over confidence, both from 0 to 1, a dot for each bin with an area by its number of pairs.
-
-    Args:
-        bins: as ``evals.reward_model.reliability`` makes them.
-    """
-    most = max(bin["n"] for bin in bins)
-
-    def x(confidence: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (confidence - 0.48) / 0.54
-
-    def y(share: float) -> float:
-        return TOP + (HEIGHT - TOP - BOTTOM) * (1.04 - share) / 1.08
-
-    parts: list[str] = []
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(share):.1f}" y2="{y(share):.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y(share) + 3.5:.1f}" text-anchor="end">{share:.0%}</text>')
-    for share in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
-        parts.append(f'<text class="tick" x="{x(share):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{share:.0%}</text>')
-    parts.append(f'<line class="mark" x1="{x(0.5):.1f}" x2="{x(1):.1f}" y1="{y(0.5):.1f}" y2="{y(1):.1f}"/>')
-    for bin in bins:
-        parts.append(
-            f'<circle class="dot c0" cx="{x(bin["confidence"]):.1f}" cy="{y(bin["accuracy"]):.1f}" '
-            f'r="{1.5 + 6.5 * math.sqrt(bin["n"] / most):.1f}"><title>{show_number(bin["n"])} pairs, confidence '
-            f"{show_share(bin['confidence'])}: {show_share(bin['accuracy'])} right</title></circle>"
-        )
-    return Markup(
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Share that is right over confidence">'
-        f"{''.join(parts)}</svg>"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +13,7 @@ from evals import reward_model
 from evals.labelled import measure
 from evals.ranking import Pairs, rank
 from evals.results import Result, as_metrics
+from evals.scores import Scores
 
 MOST_GROUPS = 100
 """Groups of rows that are reported apart, the largest ones: a page of more is read by nobody."""
@@ -38,6 +39,8 @@ class HeldOut:
     ) -> None:
         self.split, self.dataset, self.name, self.keep = split, dataset, name, keep
         self.results: list[Result] = []
+        self.scores: list[Scores] = []
+        """Of every prompt at the latest evaluation, by which runs are compared."""
         self.last_step = -1
 
     def __call__(self, sums: Mapping[str, np.ndarray], step: int) -> dict[str, float]:
@@ -53,6 +56,7 @@ class HeldOut:
         order = np.argsort(sums["row"], kind="stable")
         by_row = {name: values[order] for name, values in sums.items()}
         found = self._measure(by_row, self.dataset, self.name, step)
+        self.scores = self._scores(by_row, step)
         groups, left_out = self._groups(by_row["row"])
         if found and left_out:
             found[0] = replace(found[0], extra={**found[0].extra, "groups_left_out": left_out})
@@ -65,6 +69,21 @@ class HeldOut:
         self.results = [result for result in self.results if result.step != step] + found + apart
         self.keep(self.results)
         return as_metrics(found)
+
+    def _scores(self, by_row: Mapping[str, np.ndarray], step: int) -> list[Scores]:
+        if not _has_pairs(by_row) or self.split.texts is None:
+            return []
+        prompts = [self.split.prompt_id(row) for row in by_row["row"].tolist()]
+        return [
+            Scores(
+                metric=metric,
+                dataset=self.dataset,
+                split=self.name,
+                step=step,
+                by_prompt={str(prompt): score for prompt, score in found.items()},
+            )
+            for metric, found in rank(_pairs(by_row, prompts)).by_prompt.items()
+        ]
 
     def _sources(self, rows: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
         """Dataset, split and rows of each dataset, where there are several."""
@@ -93,17 +112,8 @@ class HeldOut:
         prompts = self._prompts(by_row)
         if _of_reward_model(by_row):
             return reward_model.measure(by_row, prompts, dataset=dataset, split=name, step=step, part=part)
-        if {"policy_chosen", "policy_rejected"} <= set(by_row):
-            pairs = Pairs(
-                policy_chosen=by_row["policy_chosen"],
-                policy_rejected=by_row["policy_rejected"],
-                length_chosen=by_row["length_chosen"],
-                length_rejected=by_row["length_rejected"],
-                prompts=prompts,
-                ref_chosen=by_row.get("ref_chosen"),
-                ref_rejected=by_row.get("ref_rejected"),
-            )
-            return rank(pairs).results(dataset=dataset, split=name, step=step)
+        if _has_pairs(by_row):
+            return rank(_pairs(by_row, prompts)).results(dataset=dataset, split=name, step=step)
         labels = self.split.table.labels
         if labels is not None and {"policy_completion", "ref_completion"} <= set(by_row):
             return measure(
@@ -120,3 +130,19 @@ class HeldOut:
 
 def _of_reward_model(by_row: Mapping[str, np.ndarray]) -> bool:
     return any(name.startswith("value_") for name in by_row)
+
+
+def _has_pairs(by_row: Mapping[str, np.ndarray]) -> bool:
+    return {"policy_chosen", "policy_rejected"} <= set(by_row)
+
+
+def _pairs(by_row: Mapping[str, np.ndarray], prompts: Sequence[Hashable]) -> Pairs:
+    return Pairs(
+        policy_chosen=by_row["policy_chosen"],
+        policy_rejected=by_row["policy_rejected"],
+        length_chosen=by_row["length_chosen"],
+        length_rejected=by_row["length_rejected"],
+        prompts=prompts,
+        ref_chosen=by_row.get("ref_chosen"),
+        ref_rejected=by_row.get("ref_rejected"),
+    )

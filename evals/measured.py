@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from evals.bootstrap import numbers_of
+from evals.ranking import means_by_prompt
 from evals.results import Result
 from evals.scores import Scores
 from objectives.stats import Estimate
+
+__all__ = ["Measured", "kept_prompts", "means_by_prompt", "own_prompts"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,18 +52,6 @@ class Measured:
             )
             for metric, found in self.by_prompt.items()
         ]
-
-
-def means_by_prompt(values: np.ndarray, prompts: Sequence[Hashable]) -> dict[Hashable, float]:
-    """Each prompt's mean over its items.
-
-    Args:
-        values: one per item, finite.
-        prompts: of each item.
-    """
-    number = numbers_of(prompts)
-    means = np.bincount(number, weights=np.asarray(values, dtype=np.float64)) / np.bincount(number)
-    return dict(zip(dict.fromkeys(prompts), means.tolist(), strict=True))
 
 
 def own_prompts(prompts: Sequence[Hashable] | None, items: int) -> Sequence[Hashable]:

@@ -1,27 +1,21 @@
-"""What a model has memorised: does it continue training documents word for word, and do its losses give them away?
+"""What a model has memorised: does it continue training documents word for word?
 
-Extraction: a document's last 50 tokens are withheld, the model continues the rest greedily, and the two are compared.
-Membership: scores from which an attacker would tell training documents from others, and how well that would work.
-
-Memorisation is what remains over a control: documents that were never trained on for extraction; for membership,
-scores that have not seen the trained model at all. Where those tell members from others, the sets differ by themselves.
+A document's last 50 tokens are withheld, the model continues the rest greedily, and the two are compared. Memorisation
+is what remains over a control: documents that were never trained on. Whether losses give documents away is
+``evals.membership``.
 
 References:
-    Hans et al. 2024, arXiv:2406.10209 (extraction); Carlini et al. 2021, arXiv:2012.07805 (zlib); Carlini et al. 2022,
-    arXiv:2112.03570 (true positives at a low rate of false ones); Lin 2004, aclanthology.org/W04-1013 (ROUGE-L).
+    Hans et al. 2024, arXiv:2406.10209 (extraction); Lin 2004, aclanthology.org/W04-1013 (ROUGE-L).
 """
 
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 from scipy.special import stdtrit
 
-from evals.bootstrap import bootstrapped
-from evals.labelled import auc
 from evals.measured import Measured, means_by_prompt, own_prompts
 from evals.ranking import Metric, mean_of, share_of
 from objectives.checks import require
@@ -35,18 +29,6 @@ EXTRACTION: Mapping[str, tuple[str, str]] = {
     "rouge_l": ("ROUGE-L of withheld and generated text, F1", "share"),
 }
 """What is measured of every document."""
-RATES: Mapping[str, float] = {"tpr_at_1": 0.01, "tpr_at_01": 0.001}
-"""Rates of false positives at which true ones are reported."""
-ATTACKS: Mapping[str, str] = {
-    "loss": "mean loss",
-    "zlib": "loss per zlib byte",
-    "mean_zlib": "mean loss per zlib byte",
-    "reference": "loss against a reference model's",
-}
-CONTROLS: Mapping[str, str] = {
-    "reference_alone": "a reference model's loss alone",
-    "zlib_alone": "zlib bytes alone",
-}
 METRICS: Mapping[str, Metric] = {
     **{f"extraction/{name}": Metric(label, unit, "lower") for name, (label, unit) in EXTRACTION.items()},
     **{
@@ -54,22 +36,6 @@ METRICS: Mapping[str, Metric] = {
             f"{label}, above documents never trained on", unit and "points", "lower"
         )
         for name, (label, unit) in EXTRACTION.items()
-    },
-    **{
-        f"membership/auc_{k}": Metric(f"Members told from others by {v} (AUC)", "share", "lower")
-        for k, v in ATTACKS.items()
-    },
-    **{
-        f"membership/auc_{k}": Metric(f"Control: members told from others by {v}", "share") for k, v in CONTROLS.items()
-    },
-    **{
-        f"membership/{kind}_{name}": Metric(f"{label} by {what}", "share")
-        for kind, label in (
-            ("balanced_accuracy", "Best balanced accuracy"),
-            ("tpr_at_1", "Members found at 1 % false positives"),
-            ("tpr_at_01", "Members found at 0.1 % false positives"),
-        )
-        for name, what in {**ATTACKS, **CONTROLS}.items()
     },
 }
 """Every metric of this module."""
@@ -194,108 +160,3 @@ def rouge_l(wanted: str, written: str) -> float:
     from rouge_score.rouge_scorer import RougeScorer
 
     return float(RougeScorer(["rougeL"], use_stemmer=False).score(wanted, written)["rougeL"].fmeasure)
-
-
-# ---- membership ----
-
-
-def zlib_bytes(text: str) -> int:
-    """Bytes of a text compressed at zlib's default level: how predictable it is without any model."""
-    return len(zlib.compress(text.encode()))
-
-
-def attack_scores(
-    mean_nll: np.ndarray,
-    tokens: np.ndarray,
-    compressed: np.ndarray,
-    reference_nll: np.ndarray | None = None,
-) -> dict[str, np.ndarray]:
-    """What may tell members from others, of every document; higher means "member".
-
-        loss = −mean NLL,  zlib = −Σ NLL/bytes,  mean_zlib = −mean NLL/bytes,  reference = mean NLL_ref − mean NLL
-
-    and the controls ``zlib_alone`` = −bytes and ``reference_alone`` = −mean NLL_ref, which know nothing of the model.
-
-    Args:
-        mean_nll: of each document's tokens under the trained model, nats, shape (document,).
-        tokens: in each document.
-        compressed: ``zlib_bytes`` of each.
-        reference_nll: mean NLL under a model that has not seen the documents.
-    """
-    nll, bytes_ = np.asarray(mean_nll, dtype=np.float64), np.asarray(compressed, dtype=np.float64)
-    found = {
-        "loss": -nll,
-        "zlib": -nll * np.asarray(tokens) / bytes_,
-        "mean_zlib": -nll / bytes_,
-        "zlib_alone": -bytes_,
-    }
-    if reference_nll is not None:
-        before = np.asarray(reference_nll, dtype=np.float64)
-        found |= {"reference": before - nll, "reference_alone": -before}
-    return found
-
-
-def membership(members: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]) -> Measured:
-    """How well each score tells members from others: AUC, best balanced accuracy, true positives at few false ones.
-
-    With K others the smallest rate of false positives that can be seen is 1/K (``extra``); at lower ones no false
-    positive at all is allowed.
-
-    Args:
-        members: ``attack_scores`` of documents that were trained on.
-        others: of documents of the same kind that were not.
-
-    Raises:
-        ValueError: different scores on either side, no document on one, or a score that is not finite.
-    """
-    if members.keys() != others.keys() or not members:
-        raise ValueError(
-            f"members have the scores {sorted(members)}, and the others {sorted(others)}; give both the same"
-        )
-    found: dict[str, Estimate] = {}
-    outside = 0
-    for name in members:
-        one, two = np.asarray(members[name], dtype=np.float64), np.asarray(others[name], dtype=np.float64)
-        if not len(one) or not len(two):
-            raise ValueError(f"{len(one)} members and {len(two)} others: membership needs documents of both kinds")
-        scores = np.concatenate([one, two])
-        if not np.isfinite(scores).all():
-            raise ValueError(f"a {name} score is not finite; leave that document out")
-        is_member, outside = np.arange(len(scores)) < len(one), len(two)
-        found[f"membership/auc_{name}"] = auc(scores, is_member, range(len(scores)))
-        for kind in ("balanced_accuracy", *RATES):
-            found[f"membership/{kind}_{name}"] = _of_roc(scores, is_member, kind)
-    return Measured(estimates=found, extra={"smallest_fpr": 1 / outside})
-
-
-def _of_roc(scores: np.ndarray, is_member: np.ndarray, kind: str) -> Estimate:
-    order = np.argsort(-scores, kind="stable")
-    ordered, member = scores[order], is_member[order]
-    ends = np.append(np.flatnonzero(np.diff(ordered)), len(ordered) - 1)  # thresholds lie between different scores
-
-    def statistic(drawn: np.ndarray) -> np.ndarray:
-        times = drawn[:, order]
-        with np.errstate(invalid="ignore", divide="ignore"):  # samples of one kind of document only
-            true, false = (
-                np.cumsum(times * mine, axis=1)[:, ends] / (times @ mine.astype(np.float64))[:, None]
-                for mine in (member, ~member)
-            )
-        if kind == "balanced_accuracy":
-            return np.maximum(0.5, (0.5 * (1 + true - false)).max(axis=1))
-        return np.where(np.isnan(false[:, 0]), np.nan, np.where(false <= RATES[kind], true, 0.0).max(axis=1))
-
-    return bootstrapped(statistic, n=len(scores), prompts=len(scores), bounds=(0.0, 1.0))
-
-
-def true_positives_at(members: np.ndarray, others: np.ndarray, rate: float) -> float:
-    """Largest share of members found while at most this share of the others is taken for members.
-
-    Args:
-        members: scores, higher means member.
-        others: scores of documents that were not trained on.
-        rate: of false positives, in [0, 1].
-    """
-    require("rate", rate, 0 <= rate <= 1, "in [0, 1]")
-    thresholds = np.unique(np.concatenate([members, others]))
-    found = [float((members >= t).mean()) for t in thresholds if (others >= t).mean() <= rate]
-    return max(found, default=0.0)

@@ -60,6 +60,15 @@ METRICS: Mapping[str, Metric] = {
     "flow/wrong_to_wrong": Metric("Wrong with the reference, wrong with the policy", "share"),
 }
 """Every metric of this module."""
+COMPARED = (
+    "ranking/accuracy",
+    "ranking/accuracy_per_token",
+    "rewards/accuracies",
+    "displacement/chosen",
+    "displacement/rejected",
+    "displacement/chosen_per_token",
+)
+"""Those of which runs keep every prompt's score."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +117,8 @@ class Ranking:
     estimates: Mapping[str, Estimate] = field(default_factory=dict)
     n_dropped: int
     """Pairs left out: an empty response, or a log-prob that is not finite."""
+    by_prompt: Mapping[str, Mapping[Hashable, float]] = field(default_factory=dict)
+    """Mean score of each prompt's pairs, by metric of ``COMPARED``: for paired tests."""
 
     def results(self, *, dataset: str, split: str, step: int) -> list[Result]:
         """Ready for ``results.json``."""
@@ -166,7 +177,25 @@ def rank(pairs: Pairs) -> Ranking:
         }
     found = {name: share_of(values, prompts) for name, values in shares.items()}
     found |= {name: mean_of(values, prompts) for name, values in means.items()}
-    return Ranking(estimates={name: found[name] for name in METRICS if name in found}, n_dropped=dropped)
+    by_pair = shares | means
+    return Ranking(
+        estimates={name: found[name] for name in METRICS if name in found},
+        n_dropped=dropped,
+        by_prompt={name: means_by_prompt(by_pair[name], prompts) for name in COMPARED if name in by_pair},
+    )
+
+
+def means_by_prompt(values: np.ndarray, prompts: Sequence[Hashable]) -> dict[Hashable, float]:
+    """Each prompt's mean over its items.
+
+    Args:
+        values: one per item, finite.
+        prompts: of each item.
+    """
+    first = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    number = np.array([first[prompt] for prompt in prompts])
+    means = np.bincount(number, weights=np.asarray(values, dtype=np.float64)) / np.bincount(number)
+    return dict(zip(first, means.tolist(), strict=True))
 
 
 def flow(reference: np.ndarray, policy: np.ndarray) -> dict[str, np.ndarray]:

@@ -21,8 +21,9 @@ _TOKENS = re.compile(
 )
 _SECRET_KEY = r"(?:(?:hub|hf|access|auth|huggingface|hugging_face_hub|api)_?(?:token|key)|password|secret(?:_?key)?)"
 _NAMED = re.compile(
-    # `key: value`, `key=value`, `--key value`; not `password` followed by a word, which prose has.
-    rf"(?i)((?:\b|_){_SECRET_KEY}[\"']?\s*[=:]\s*[\"']?|--?[\w\-.]*{_SECRET_KEY}\s+[\"']?|\bbearer\s+)"
+    # `key: value`, `key=value`, `--key value`; not `password` followed by a word, which prose has. A flag begins
+    # after what is no word, not far before its name: a line of dashes would be searched from each of them to its end.
+    rf"(?i)((?:\b|_){_SECRET_KEY}[\"']?\s*[=:]\s*[\"']?|(?<![\w\-])--?[\w\-.]{{0,64}}?{_SECRET_KEY}\s+[\"']?|\bbearer\s+)"
     r"(?!null\b|none\b|true\b|false\b|-)[^\s\"',;}&<]+"
 )
 _NAMED_KEY = re.compile(rf"(?i)(?:^|_|-){_SECRET_KEY}$")

@@ -29,6 +29,8 @@ METRICS: Mapping[str, Metric] = {
     "retention/retained": Metric("Score kept, mean over general tasks of after/before", "share", "higher"),
     "retention/worst": Metric("Score kept on the general task that lost most", "share", "higher"),
     "retention/domain_change": Metric("Score on the tasks trained for, after minus before", "points", "higher"),
+    "retention/score": Metric("Score on one task", "share", "higher"),
+    "retention/score_change": Metric("Score on one task, after minus before", "points", "higher"),
 }
 """Every metric of this module."""
 

@@ -14,6 +14,11 @@ import yaml
 from evals.redact import redact
 from evals.results import Result, Results
 
+SOURCES = ("metrics.jsonl", "results.json", "pairs.jsonl", "generations.jsonl", "doctor.json")
+"""Files any of which is enough to report on."""
+DOCTOR_VERSION = 1
+"""Of ``doctor.json``."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFiles:
@@ -30,6 +35,8 @@ class RunFiles:
     data: Mapping[str, Any] = field(default_factory=dict)
     checks: Sequence[Mapping[str, Any]] = ()
     example: str = ""
+    doctor: Mapping[str, Any] = field(default_factory=dict)
+    """What the data doctor found, as ``doctor.json`` has it."""
 
     def get(self, key: str, default: Any = None) -> Any:
         """A recipe value by dotted key: ``get("train.learning_rate")``."""
@@ -54,8 +61,9 @@ class RunFiles:
 
     @property
     def steps(self) -> int:
-        """The last step logged."""
-        return int(max((line["step"] for line in self.metrics), default=0))
+        """The last step logged, or evaluated where nothing was logged."""
+        evaluated = [result.step for result in self.results.results] if self.results and not self.metrics else []
+        return int(max([*(line["step"] for line in self.metrics), *evaluated], default=0))
 
     @property
     def objectives(self) -> list[str]:
@@ -81,12 +89,17 @@ class RunFiles:
 
 
 def read_run(run_dir: Path) -> RunFiles:
-    """Reads a run directory; everything but ``metrics.jsonl`` may be absent.
+    """Reads a run directory; of an evaluation alone there is no ``metrics.jsonl``, and any other file may be absent.
 
     Raises:
-        ValueError: in one sentence, if ``metrics.jsonl`` is missing or empty, or a file that is there cannot be read.
+        ValueError: in one sentence, if nothing was trained, evaluated or looked at there, ``metrics.jsonl`` is empty,
+            or a file that is there cannot be read.
     """
-    metrics, torn = _metrics(run_dir / "metrics.jsonl")
+    if not any((run_dir / name).exists() for name in SOURCES):
+        raise ValueError(
+            f"{run_dir} has no metrics.jsonl and no results.json, so nothing was trained or evaluated there"
+        )
+    metrics, torn = _metrics(run_dir / "metrics.jsonl") if (run_dir / "metrics.jsonl").exists() else ([], 0)
     recipe_text = _text(run_dir / "recipe.yaml")
     try:
         recipe = yaml.safe_load(recipe_text) or {}
@@ -94,13 +107,18 @@ def read_run(run_dir: Path) -> RunFiles:
         raise ValueError(f"{run_dir / 'recipe.yaml'} is not YAML: {' '.join(str(error).split())}") from error
     results = run_dir / "results.json"
     data, checks = _json(run_dir / "data_report.json", {}), _json(run_dir / "checks.json", [])
+    doctor = _json(run_dir / "doctor.json", {})
     for name, value, kind in (
         ("recipe.yaml", recipe, dict),
         ("data_report.json", data, dict),
         ("checks.json", checks, list),
+        ("doctor.json", doctor, dict),
     ):
         if not isinstance(value, kind):
             raise ValueError(f"{run_dir / name} holds a {type(value).__name__}, not a {kind.__name__}")
+    if doctor and doctor.get("version") != DOCTOR_VERSION:
+        path, found = run_dir / "doctor.json", doctor.get("version")
+        raise ValueError(f"{path} has version {found!r}, and this code reads version {DOCTOR_VERSION}")
     return RunFiles(
         path=run_dir,
         metrics=metrics,
@@ -111,12 +129,11 @@ def read_run(run_dir: Path) -> RunFiles:
         data=data,
         checks=[check for check in checks if isinstance(check, dict)],
         example=_text(run_dir / "example.txt"),
+        doctor=doctor,
     )
 
 
 def _metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
-    if not path.exists():
-        raise ValueError(f"{path.parent} has no metrics.jsonl, so nothing was trained there")
     by_step: dict[float, dict[str, Any]] = {}
     torn = 0
     for text in _text(path).splitlines():

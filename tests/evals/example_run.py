@@ -25,11 +25,16 @@ CHECKS = [
 
 
 def make_run(
-    path: Path, *, steps: int = 300, name: str = "acme/helpful-pairs", model: str = "acme/stories-260k"
+    path: Path,
+    *,
+    steps: int = 300,
+    name: str = "acme/helpful-pairs",
+    model: str = "acme/stories-260k",
+    seed: int = 7,
 ) -> Path:
     """Writes every file of a run of ``steps`` steps; deterministic."""
     path.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(7)
+    rng = np.random.default_rng(seed)
     lines, last = [], None
     pairs = 400
     ref_chosen, ref_rejected = rng.normal(-80, 20, pairs), rng.normal(-78, 20, pairs)

@@ -1,7 +1,8 @@
 """As much of the Hub's HTTP interface as pushing a model needs, on this machine.
 
-Speaks: whoami, repository creation and lookup, card validation, preupload, LFS batch and upload, commit. Keeps what it
-was sent: ``server.files[repo_id][path]`` are the bytes of each file, large ones included.
+Speaks: whoami, repository creation and lookup, card validation, preupload, LFS batch, upload and verification, commit.
+Keeps what it was sent: ``server.files[repo_id][path]`` are the bytes of each file, large ones included. What it has, it
+says it has: hashes in the answer to preupload, no upload address for objects that lie there.
 """
 
 from __future__ import annotations
@@ -10,9 +11,54 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+import yaml
+
+TASKS = {"text-generation", "text-classification"}
+"""Of those the Hub knows, the ones that are used here."""
+
+
+def _errors_of_a_card(text: str) -> list[dict[str, str]]:
+    """What the Hub says of metadata that it can't use, for the fields that cards of ours have."""
+    parts = text.split("---\n", 2)
+    if not text.startswith("---\n") or len(parts) < 3:
+        return [{"message": "no metadata"}]
+    front = yaml.safe_load(parts[1])
+    wrong = [
+        *(key for key in ("license", "library_name", "model_name") if not isinstance(front.get(key, ""), str)),
+        *(key for key in ("tags", "language", "datasets") if not _texts(front.get(key, []))),
+        *(["pipeline_tag"] if front.get("pipeline_tag", "text-generation") not in TASKS else []),
+        *(["base_model"] if not re.fullmatch(r"[\w.\-]+/[\w.\-]+", front.get("base_model", "a/b")) else []),
+        *(
+            ["base_model_relation"]
+            if front.get("base_model_relation", "adapter") not in ("adapter", "finetune")
+            else []
+        ),
+    ]
+    for model in front.get("model-index", []):
+        for result in model["results"]:
+            good = result["task"]["type"] in TASKS and {"type", "name"} <= result["dataset"].keys()
+            metrics = all({"type", "value"} <= metric.keys() for metric in result["metrics"])
+            wrong += [] if good and metrics and model["name"] else ["model-index"]
+    return [{"message": f'"{key}" is not valid'} for key in wrong]
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _oid(content: bytes | None, *, large: bool) -> str | None:
+    """By which git and LFS know a file."""
+    if content is None:
+        return None
+    if large:
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
 
 LARGE = (".safetensors", "tokenizer.json")
 """What the Hub would ask to have sent as LFS objects."""
@@ -28,7 +74,10 @@ class HubServer:
         self.commits: list[str] = []
         self.large: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.verified: set[str] = set()
         self.fail_commits = False
+        self.uploads_until_it_dies: int | None = None
+        """After so many large files the connection is cut in the middle of the next one, every time."""
         hub = self
 
         class Handler(_Handler):
@@ -90,25 +139,39 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(address)
         elif self.path == "/api/validate-yaml":
             text = json.loads(body)["content"]
-            good = text.startswith("---\n")
-            self._answer({"errors": [] if good else [{"message": "no metadata"}], "warnings": []}, 200 if good else 400)
+            errors = _errors_of_a_card(text)
+            self._answer({"errors": errors, "warnings": []}, 400 if errors else 200)
         elif found := re.match(r"/api/models/([^/]+/[^/]+)/preupload/main", self.path):
             files = [
                 {
                     "path": file["path"],
                     "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular",
                     "shouldIgnore": False,
-                    "oid": None,
+                    "oid": _oid(hub.files[found[1]].get(file["path"]), large=file["path"].endswith(LARGE)),
                 }
                 for file in json.loads(body)["files"]
             ]
             self._answer({"files": files})
         elif self.path.endswith(".git/info/lfs/objects/batch"):
             objects = [
-                {**each, "actions": {"upload": {"href": f"{hub.endpoint}/large/{each['oid']}"}}}
+                each
+                if each["oid"] in hub.large
+                else {
+                    **each,
+                    "actions": {
+                        "upload": {"href": f"{hub.endpoint}/large/{each['oid']}"},
+                        "verify": {"href": f"{hub.endpoint}/verify"},
+                    },
+                }
                 for each in json.loads(body)["objects"]
             ]
             self._answer({"transfer": "basic", "objects": objects}, kind="application/vnd.git-lfs+json")
+        elif self.path == "/verify":
+            asked = json.loads(body)
+            held = hub.large.get(asked["oid"])
+            right = held is not None and len(held) == asked["size"]
+            hub.verified |= {asked["oid"]} if right else set()
+            self._answer({} if right else {"error": "not what was announced"}, 200 if right else 422)
         elif found := re.match(r"/api/models/([^/]+/[^/]+)/commit/main", self.path):
             if hub.fail_commits:
                 self._answer({"error": "storage quota exceeded"}, 403)
@@ -120,6 +183,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         self._note()
+        left = self.server_state.uploads_until_it_dies
+        if left is not None:
+            if left <= 0:
+                self.rfile.read(1)
+                self.connection.shutdown(socket.SHUT_RDWR)
+                self.close_connection = True
+                return
+            self.server_state.uploads_until_it_dies = left - 1
         body = self._body()
         oid = self.path.rsplit("/", 1)[1]
         assert hashlib.sha256(body).hexdigest() == oid
@@ -136,10 +207,13 @@ class _Handler(BaseHTTPRequestHandler):
             elif entry["key"] == "file":
                 hub.files[repo][value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
+                assert value["oid"] in hub.verified
                 hub.files[repo][value["path"]] = hub.large[value["oid"]]
 
     def _allowed(self) -> bool:
         if self.headers.get("Authorization") == f"Bearer {self.server_state.token}":
+            return True
+        if self.path == "/api/validate-yaml":  # for anybody, as on the Hub
             return True
         self._answer({"error": "Invalid username or password."}, 401)
         return False

@@ -150,13 +150,15 @@ def test_nothing_from_data_breaks_the_card(tmp_path):
     page = rendered(body)
     outside_code = re.sub(r"<pre>.*?</pre>", "", page, flags=re.DOTALL)
     assert "<script" not in page
-    assert not re.search(r"<(?:img|a)\b", outside_code)
+    own = re.findall(r'<img src="card/\w+\.png" alt="[^"<>]*"\s*/?>', outside_code)
+    assert len(own) == len(re.findall(r"<(?:img|a)\b", outside_code)) == 4, "pictures of our own, and no other"
     assert page.count("<h1>") == 1
     assert re.findall(r"<h2>(.*?)</h2>", page) == [
         "Quick start",
         "Training data",
         "Procedure",
         "Evaluation",
+        "Curves",
         "Start-up checks",
         "Limitations",
         "Versions",

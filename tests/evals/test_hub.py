@@ -1,11 +1,13 @@
 """Pushing, against a server on this machine that speaks as much of the Hub as is needed."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
 from evals.hub import check_access, files_to_push, push
+from evals.scores import Scores, read_scores, write_scores
 from tests.evals.example_run import make_run
 from tests.evals.hub_server import HubServer
 
@@ -105,11 +107,59 @@ def test_shards_go_up_with_their_index(run):
         assert name in files_to_push(run)
 
 
-def test_pushing_again_adds_a_commit(hub, run):
+def test_pushing_again_sends_what_has_changed(hub, run):
     for _ in range(2):
         push(run, "tiny-dpo", token=hub.token, endpoint=hub.endpoint)  # owner taken from the token
-    assert len(hub.commits) == 2
     assert set(hub.files) == {"alice/tiny-dpo"}
+    assert len(hub.commits) == 1, "nothing had changed"
+    uploads = [request for request in hub.requests if request.startswith("PUT")]
+    assert len(uploads) == len(hub.verified) == 2
+    hub.requests.clear()
+    (run / "model.safetensors").write_bytes(b"better weights")
+    push(run, "tiny-dpo", token=hub.token, endpoint=hub.endpoint)
+    assert len(hub.commits) == 2
+    assert len([request for request in hub.requests if request.startswith("PUT")]) == 1
+    assert hub.files["alice/tiny-dpo"]["model.safetensors"] == b"better weights"
+    assert hub.files["alice/tiny-dpo"]["tokenizer.json"] == b"content of tokenizer.json"
+
+
+def test_a_connection_that_dies_in_the_middle(hub, run, monkeypatch):
+    """The files that arrived are not sent again, and in the end all are there."""
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between attempts
+    hub.uploads_until_it_dies = 1
+    with pytest.raises(RuntimeError, match=r"pushing to 'alice/m' failed .* can be pushed again"):
+        push(run, "alice/m", token=hub.token, endpoint=hub.endpoint)
+    assert len(hub.large) == 1
+    assert hub.files["alice/m"] == {}
+    hub.uploads_until_it_dies = None
+    hub.requests.clear()
+    push(run, "alice/m", token=hub.token, endpoint=hub.endpoint)
+    assert len([request for request in hub.requests if request.startswith("PUT")]) == 1
+    assert set(hub.files["alice/m"]) == EXPECTED
+
+
+def test_samples_go_where_they_are_asked_for(hub, run):
+    for name in ("generations.jsonl", "pairs.jsonl"):
+        (run / name).write_text(f'{{"text": "an answer with {TOKEN}"}}\n')
+    push(run, "alice/m", token=hub.token, endpoint=hub.endpoint)
+    assert set(hub.files["alice/m"]) == EXPECTED
+    push(run, "alice/m", samples=True, token=hub.token, endpoint=hub.endpoint)
+    sent = hub.files["alice/m"]
+    assert set(sent) == {*EXPECTED, "generations.jsonl", "pairs.jsonl"}
+    assert json.loads(sent["generations.jsonl"]) == {"text": "an answer with ***"}
+
+
+def test_pictures_scores_and_the_doctor_s_findings_go_up(hub, run):
+    (run / "card").mkdir()
+    (run / "card" / "loss.png").write_bytes(b"\x89PNG")
+    (run / "card" / "draft.svg").write_text("<svg/>")
+    (run / "scores.jsonl").write_text('{"metric": "ranking/accuracy"}\n')
+    (run / "doctor.json").write_text(json.dumps({"dataset": "/home/me/pairs.jsonl", "rows": 3}))
+    push(run, "alice/m", token=hub.token, endpoint=hub.endpoint)
+    sent = hub.files["alice/m"]
+    assert set(sent) == {*EXPECTED, "card/loss.png", "scores.jsonl", "doctor.json"}
+    assert sent["card/loss.png"] == b"\x89PNG"
+    assert json.loads(sent["doctor.json"]) == {"dataset": "pairs.jsonl", "rows": 3}
 
 
 def test_private_is_private(hub, run):
@@ -131,6 +181,14 @@ def test_failures_say_that_the_run_is_safe(hub, run):
         push(run, "alice/m", token="hf_wrong", endpoint=hub.endpoint)
     with pytest.raises(RuntimeError, match="failed"):
         push(run, "alice/m", token=hub.token, endpoint="http://127.0.0.1:9")
+
+
+def test_a_card_that_the_hub_refuses(hub, run):
+    (run / "README.md").write_text("---\npipeline_tag: alignment\nlicense: [mit]\n---\n\n# run\n")
+    with pytest.raises(RuntimeError, match=r'failed \(Invalid .*: "license" is not valid; "pipeline_tag" is') as caught:
+        push(run, "alice/m", token=hub.token, endpoint=hub.endpoint)
+    assert "\n" not in str(caught.value)
+    assert hub.files["alice/m"] == {}
 
 
 def test_a_run_without_weights_is_not_pushed(hub, run):
@@ -163,3 +221,14 @@ def test_the_hub_can_be_asked(hub):
         check_access("alice/m", token="hf_wrong", endpoint=hub.endpoint, ask_hub=True)
     with pytest.raises(ValueError, match="check the network"):
         check_access("alice/m", token=hub.token, endpoint="http://127.0.0.1:9", ask_hub=True)
+
+
+def test_lines_of_evaluations_go_up_without_paths(tmp_path: Path):
+    scores = Scores(metric="m", dataset="/home/alice/secret/pairs.jsonl", split="test", step=1, by_prompt={"a": 0.5})
+    write_scores(tmp_path, [scores])
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    sent = files_to_push(tmp_path)["scores.jsonl"]
+    assert isinstance(sent, bytes)
+    assert b"alice" not in sent
+    (tmp_path / "scores.jsonl").write_bytes(sent)
+    assert next(iter(read_scores(tmp_path).values())).by_prompt == {"a": 0.5}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from evals.bootstrap import bootstrapped, mean_of_items
-from launch.bench import intervals
+from launch.bench import false_claims, intervals
 from objectives.stats import clustered_wilson, mean_with_interval
 from tests.support import REPOSITORY
 
@@ -53,3 +53,18 @@ def test_the_page_is_what_is_measured():
     cases = [case for case in intervals.CASES if case.interval in ("wilson", "clustered-t")]
     for line in intervals.table(cases):
         assert line in page
+
+
+def test_compare_keeps_its_level():
+    """A line of the page, simulated anew, and one that is neither: a true difference is found far more often."""
+    page = (REPOSITORY / "docs" / "intervals.md").read_text()
+    assert all(f"| {name} | {runs} |" in page for name, runs, _ in false_claims.CASES)
+    for prompts in (30, 100):
+        false = false_claims.false_families(false_claims.right_or_wrong, prompts)
+        assert 0.005 < false / false_claims.FAMILIES <= false_claims.LEVEL
+        assert f"{100 * false / false_claims.FAMILIES:.1f} (" in page
+
+    def unequal(prompts: int, rng: np.random.Generator) -> np.ndarray:
+        return (rng.random((3, prompts)) < np.array([[0.4], [0.6], [0.6]])).astype(float)
+
+    assert false_claims.false_families(unequal, 300, families=50) >= 48

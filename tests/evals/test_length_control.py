@@ -55,6 +55,19 @@ def test_the_synthetic_vector(c: float, weights: tuple[float, ...], lc: float, s
     assert 100 * found.raw.estimates["win_rate/raw"].value == pytest.approx(56.25)
 
 
+def test_a_coefficient_of_zero_is_the_minimum():
+    """|g| of the difficulty's, by the sum written out: 0.048734, where anything up to 1 keeps it at 0."""
+    c, w = 2.782559, np.array(synthetic(C=2.782559).weights)
+    slope = 0.0
+    parts = [(MODEL, BASE, PSI, P, 1.0, 1.0)]
+    parts += [(g.length_model, g.length_base, g.difficulty, g.preference - 1, 0.0, 0.1) for g in GAMED]
+    for own, base, psi, labels, one, weight in parts:
+        t = np.tanh((base - own) / np.std(base - own, ddof=1))
+        eta = t * w[0] + psi * w[1] + one * w[2]
+        slope += c * weight * float(((1 / (1 + np.exp(-eta)) - labels) * psi).sum())
+    assert abs(slope) == pytest.approx(0.048734, abs=2e-6)
+
+
 def test_a_change_that_is_hard_to_believe_is_told():
     """From 56.25 down to less than three quarters of it."""
     warning = synthetic().warning

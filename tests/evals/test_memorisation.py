@@ -7,23 +7,14 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_curve
 
-from evals.memorisation import (
-    METRICS,
-    attack_scores,
-    extraction,
-    lcs_length,
-    longest_prefix,
-    membership,
-    over_control,
-    rouge_l,
-    split_document,
-    true_positives_at,
-    zlib_bytes,
-)
+from evals.membership import attack_scores, least_probable, membership, true_positives_at, zlib_bytes
+from evals.memorisation import extraction, lcs_length, longest_prefix, over_control, rouge_l, split_document
+from evals.metrics import METRICS
 
 WITHHELD, GENERATED = [5, 9, 2, 7, 7, 1, 3, 8], [5, 9, 4, 7, 1, 3, 8, 8]
 TEXTS = "The cat sat on the mat, quietly.", "the cat quietly sat on a mat"
@@ -143,6 +134,16 @@ def test_scores_by_hand():
         "zlib_alone": -5.0,
         "reference_alone": -2.5,
     }
+
+
+def test_the_least_probable_tokens_by_hand():
+    """Of five tokens one, of six two (a fifth rounded up); what is masked counts for nothing."""
+    logps = torch.tensor([[-1.0, -4.0, -2.0, -3.0, -0.5, -99.0], [-1.0, -4.0, -2.0, -3.0, -0.5, -6.0]])
+    mask = torch.tensor([[True] * 5 + [False], [True] * 6])
+    assert least_probable(logps, mask).tolist() == [-4.0, -5.0]
+    assert least_probable(logps, mask, share=1.0).tolist() == pytest.approx([-2.1, -2.75])
+    scores = attack_scores(np.ones(1), np.ones(1), np.ones(1), min_k=np.array([-4.0]))
+    assert scores["min_k"].tolist() == [-4.0]
 
 
 def test_zlib_of_the_vector():
