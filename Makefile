@@ -1,5 +1,5 @@
-# make setup | quickstart | test | test-all | test-versions | check | bench | bench_preparation | bench_sampling |
-#      selection | objectives | promises | recipe_costs | mutants | docs | clean
+# make setup | quickstart | test | test-all | test-versions | check | bench | bench_preparation | bench_sampling | bench_evaluation |
+#      bench_doctor | selection | objectives | promises | recipe_costs | mutants | docs | clean
 # Everything lives in .venv; nothing outside the checkout is touched.
 PYTHON ?= python3.11
 # torch is installed first, so that nothing pulls in another build. For a GPU, choose the build that fits it:
@@ -13,7 +13,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup quickstart test test-all test-versions check bench bench_preparation bench_sampling selection objectives promises recipe_costs mutants docs clean
+.PHONY: setup quickstart test test-all test-versions check bench bench_preparation bench_sampling bench_evaluation bench_doctor selection objectives promises recipe_costs mutants docs clean
 
 setup: $(READY)
 
@@ -49,11 +49,18 @@ bench_preparation: $(READY)
 bench_sampling: $(READY)
 	$(BIN)/python -m launch.bench.sampling
 
+bench_doctor: $(READY)
+	$(BIN)/python -m launch.bench.doctor
+
 objectives: $(READY)
 	$(BIN)/python -m launch.bench.objectives
 
 promises: $(READY)
 	$(BIN)/python -m launch.bench.promises
+
+bench_evaluation: $(READY)
+	$(BIN)/python -m launch.bench.evaluation
+	$(BIN)/python -m launch.bench.ches --real
 
 selection: $(READY)
 	$(BIN)/python -m launch.bench.selection --into docs/selection.json

@@ -213,6 +213,17 @@ def page() -> str:
         "kept for every later run on the same rows. Training takes the GPU hours above; the reference, a third of",
         "one pass, is paid once. Checkpoints of 8B with optimizer state are 96 GB each: `train.save_total_limit` times",
         "that on a file system that all machines see.",
+        "",
+        "## Saving",
+        "",
+        "A save that waits costs the time to write, hash and sync a checkpoint: 96 GB at 1 GB/s are 1.6 minutes and",
+        "more, every `train.save_steps`. `train.async_save` makes it the time of a copy to host memory; the rest",
+        "happens in a thread while training goes on, on every engine. What it takes is that memory: weights and",
+        "optimizer state, on the first process of a replica (`single`, `ddp`), in equal parts under `zero1` to `zero3`",
+        "and `fsdp2`; under DeepSpeed the first process has whole weights as well. A copy that has no place is refused",
+        "at the start. A checkpoint counts from its renaming, so that a killed run goes back further by the steps of",
+        "one write. That, the memory, and on CPUs that writing takes cores from training, is why it is off by default.",
+        "`python -m launch.bench.saving` measures both on your machine.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -143,7 +143,8 @@ def test_a_recipe_begins_with_its_command_and_can_be_read(path, monkeypatch):
     for word in re.findall(r"[\w/.-]+\.(?:py|yaml)", first):
         assert (REPOSITORY / word).is_file(), f"{word} is in the command and not in the repository"
     monkeypatch.chdir(REPOSITORY)  # recipes of rounds name recipes for training
-    module = found[1] if (found := re.search(r"-m (align\.\w+)", first)) else "align.train"
+    module = found[1] if (found := re.search(r"-m (align\.\w+|evals run)", first)) else "align.train"
+    module = {"evals run": "evals.run"}.get(module, module)
     if module == "align.train":
         read_recipe(path)
     else:

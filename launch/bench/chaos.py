@@ -1,6 +1,6 @@
 """Kills a run again and again, at random moments, and compares what it comes to with a run that nobody disturbed.
 
-    python -m launch.bench.chaos [--kills 50] [--processes 1] [--engine cpu_ddp] [--output chaos.json]
+    python -m launch.bench.chaos [--kills 50] [--processes 1] [--engine cpu_ddp] [--async_save] [--output chaos.json]
 
 Every attempt is the same command with ``--resume_from_checkpoint auto``; its whole process group gets SIGKILL after a
 random time, while it starts, trains, evaluates or writes a checkpoint. Runs that reach their end are compared with the
@@ -31,7 +31,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS, SAVE_STEPS, ROWS = 60, 3, 120
 
 
-def command(folder: Path, output: str, processes: int, engine: str) -> list[str]:
+def command(folder: Path, output: str, processes: int, engine: str, *more: str) -> list[str]:
     """What is started each time."""
     launcher = [sys.executable]
     if processes > 1:
@@ -43,7 +43,7 @@ def command(folder: Path, output: str, processes: int, engine: str) -> list[str]
         "save_steps": SAVE_STEPS, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 10,
         "lr_scheduler_type": "cosine", "resume_from_checkpoint": "auto",
     }  # fmt: skip
-    return [*launcher, "align/train.py", *(f"--{key}={value}" for key, value in keys.items())]
+    return [*launcher, "align/train.py", *(f"--{key}={value}" for key, value in keys.items()), *more]
 
 
 def attempt(words: list[str], cache: Path, kill_after: float | None) -> tuple[int | None, str]:
@@ -102,7 +102,9 @@ def main() -> int:
     parser.add_argument("--engine", default="cpu_ddp", help="a file of launch/accelerate, for several processes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="file for the numbers")
+    parser.add_argument("--async_save", action="store_true", help="write checkpoints while training goes on")
     options = parser.parse_args()
+    more = ["--async_save"] if options.async_save else []
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -120,7 +122,7 @@ def main() -> int:
         kills, finished, differing = 0, 0, 0
         moments: dict[str, int] = {}
         while kills < options.kills or not finished or (folder / "run").exists():
-            words = command(folder, "run", options.processes, options.engine)
+            words = command(folder, "run", options.processes, options.engine, *more)
             limit = rng.uniform(0.2, 1.0) * whole if kills < options.kills else None
             status, printed = attempt(words, folder / "cache", limit)
             if status is None:

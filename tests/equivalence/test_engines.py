@@ -101,12 +101,13 @@ class Case:
 
 
 SAVES, AGAIN = ("--save_strategy=steps", "--save_steps=8", "--save_total_limit=3"), "--resume_from_checkpoint=last"
+LATER = "--async_save=true"
 STANDARD = (
     # Five positions a chunk, so that processes have different numbers of them.
     Case(objective="dpo", logits_per_chunk=1500, more=SAVES),
-    Case(objective="bco", lora=True, model="untied", more=SAVES),
+    Case(objective="bco", lora=True, model="untied", more=(*SAVES, LATER)),
     Case(objective="dpo", logits_per_chunk=1500, more=(*SAVES, AGAIN), resumes_at=8),
-    Case(objective="bco", lora=True, model="untied", more=(*SAVES, AGAIN), resumes_at=16),
+    Case(objective="bco", lora=True, model="untied", more=(*SAVES, LATER, AGAIN), resumes_at=16),
 )
 """What ``make test`` asks of every engine."""
 CHECKPOINTING, ONE_ROW = "--gradient_checkpointing=true", "--rows_per_step=1"

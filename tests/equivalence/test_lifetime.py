@@ -309,7 +309,8 @@ def test_another_number_of_processes_goes_on_with_the_same_rows(folder: Path, ca
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_under_two_processes(folder: Path):
+@pytest.mark.parametrize("more", [[], pytest.param(["--async_save"], marks=pytest.mark.all)], ids=["waits", "goes-on"])
+def test_a_disk_that_fills_up_under_two_processes(folder: Path, more: list[str]):
     """One sentence, no half a checkpoint, and with room again the run goes on."""
     script = folder / "full.py"
     script.write_text(
@@ -322,7 +323,14 @@ def test_a_disk_that_fills_up_under_two_processes(folder: Path):
         "sys.exit(main())\n"
     )
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(script), *command(folder, "run")],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            str(script),
+            *command(folder, "run", *more),
+        ],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,

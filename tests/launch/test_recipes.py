@@ -15,8 +15,10 @@ import yaml
 from align.recipe import read_recipe
 from align.train import main
 from data.worlds import POLICY, Made, candidates, gold, labels, pairs, problems, scored, triples
+from evals.evaluation import EVALS
+from evals.run_settings import read_job
 from launch.bench.sampled_rows import sampled, write_sampled
-from launch.recipes import training_recipes
+from launch.recipes import FOLDER, training_recipes
 from objectives import MODIFIERS, OBJECTIVES, REGULARIZERS, RELABELERS, TOKEN_WEIGHTS
 from tests.equivalence.runs import write_rows
 
@@ -154,6 +156,38 @@ def test_trains_on_the_embedded_world(
     assert ("reward_model/accuracy" in metrics) == (pairwise and recipe.trains_reward_model)
     moves = recipe.needs_reference and (pairwise or recipe.mixture.needs.labels)
     assert any(metric.startswith(("labels/", "displacement/")) for metric in metrics) == moves
+
+
+# ---- evaluation ----
+
+EVALUATION = FOLDER / "eval.yaml"
+
+
+def evaluations(path: Path, *, all_of_them: bool = False) -> str:
+    """The recipe's text; with what waits behind comment marks, if asked."""
+    text = path.read_text()
+    return re.sub(r"(?m)^  # (- name|  )", r"  \1", text) if all_of_them else text
+
+
+@pytest.mark.parametrize("all_of_them", [False, True], ids=["as it is", "uncommented"])
+def test_the_recipe_for_evaluation_can_be_read(tmp_path: Path, all_of_them: bool):
+    (tmp_path / "eval.yaml").write_text(evaluations(EVALUATION, all_of_them=all_of_them))
+    words = ["--reference.model=some/reference"] if all_of_them else []
+    job = read_job(str(tmp_path / "eval.yaml"), words)
+    names = [entry.name for entry in job.evals]
+    assert len(set(names)) == len(names)
+    assert {"ranking", "ches", "generations"} <= set(names)
+    assert (set(names) == set(EVALS.names()) - {"reward_model"}) == all_of_them
+
+
+def test_the_recipe_for_evaluation_explains_every_key():
+    text = evaluations(EVALUATION, all_of_them=True)
+    assert text.splitlines()[0] == "# python -m evals run --config launch/recipes/eval.yaml"
+    commented: dict[str, bool] = {}
+    for line in text.splitlines():
+        if found := re.match(r" +(?:- )?(\w+):", line):
+            commented[found[1]] = commented.get(found[1], False) or "#" in line
+    assert {key for key, explained in commented.items() if not explained} <= {"split", "temperature"}
 
 
 def test_every_objective_has_a_recipe():

@@ -69,6 +69,7 @@ def test_clustered_stderr_of_paired_differences():
     estimate = mean_with_interval(differences, CLUSTERS)
     assert estimate.value == pytest.approx(0.3, **ROUNDING)
     assert estimate.stderr == pytest.approx(0.121106, **SIX_PLACES)
+    assert estimate.stderr * math.sqrt(3 / 4) == pytest.approx(0.104881, **SIX_PLACES), "CR0, without G/(G − 1)"
 
 
 def test_one_item_per_cluster_is_the_plain_standard_error():
