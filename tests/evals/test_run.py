@@ -310,6 +310,42 @@ def test_samples_on_the_way_change_nothing_but_what_is_told(folder: Path):
             assert each.text == end[each.prompt_id], "the saved weights answer as the live ones did"
 
 
+def test_two_sets_of_prompts_on_the_way_have_keys_of_their_own(folder: Path, capsys: pytest.CaptureFixture):
+    """Both used to log eval/generations/tokens, so that a line had the numbers of the second set alone."""
+    keys: dict[str, Any] = {"save_strategy": "no", "save_steps": None, "eval_strategy": "steps", "eval_steps": 5}
+    (folder / "more.jsonl").write_text((folder / "pairs.jsonl").read_text())
+
+    def both(first: str = "", second: str = "", file: str = "more.jsonl") -> list[str]:
+        def of(name: str, tokens: int, more: str) -> str:
+            prompts = f"{{dataset_name: {folder / name}, max_rows: 4}}"
+            return f"{{name: generations, during: 3, prompts: {prompts}, sampling: {{max_tokens: {tokens}}}{more}}}"
+
+        evals = f"--evals=[{of('pairs.jsonl', 8, first)}, {of(file, 2, second)}]"
+        return [evals, "--serving.engine=transformers"]
+
+    def logged(run: str, metric: str) -> dict[str, list[float]]:
+        found: dict[str, list[float]] = {}
+        for line in lines(folder / run):
+            for key in (key for key in line if key.startswith(f"eval/generations/{metric}")):
+                found.setdefault(key.removeprefix(f"eval/generations/{metric}"), []).append(line[key])
+        return found
+
+    named = both(", split_name: long", ", split_name: brief", file="pairs.jsonl")
+    assert train(command(folder, "named", *named, **keys)) == 0
+    tokens = logged("named", "tokens")
+    means = {" (long, first 3)", " (brief, first 3)"}
+    assert tokens.keys() - means == {f"_{end}{name}" for end in ("low", "high") for name in means} & tokens.keys()
+    assert [len(tokens[name]) for name in means] == [3, 3], "before, on the way and at the end"
+    assert all(8 >= a > 2 >= b for a, b in zip(*(tokens[f" ({n}, first 3)"] for n in ("long", "brief")), strict=True))
+    assert train(command(folder, "files", *both(), **keys)) == 0
+    assert {" (pairs.jsonl, all, first 3)", " (more.jsonl, all, first 3)"} <= logged("files", "tokens").keys()
+    (folder / "other").mkdir()
+    (folder / "other" / "pairs.jsonl").write_text((folder / "pairs.jsonl").read_text())
+    assert train(command(folder, "alike", *both(file="other/pairs.jsonl"), **keys)) == 2
+    assert "give one of them a split_name" in capsys.readouterr().err
+    assert not (folder / "alike").exists(), "refused before anything is trained"
+
+
 def test_during_is_for_training(folder: Path, capsys: pytest.CaptureFixture):
     words = [f"--model_name_or_path={folder / 'model'}", f"--data.dataset_name={folder / 'pairs.jsonl'}"]
     assert main(["run", *words, "--evals={name: generations, during: 2}", f"--output_dir={folder / 'out'}"]) == 2
