@@ -33,6 +33,7 @@ CONDITIONS: Mapping[str, tuple[str, ...]] = {
     "judge": ("judge", "judge_template", "judge_settings", "orders", "tau", "truncated_policy", "verifier", "scorers",
               "strategy", "right_at", "policy", "kind", "margin", "strict", "betas"),
     "baseline": ("baseline",),
+    "controls": ("style_features", "difficulty"),
     "reference": ("reference",),
     "data": ("dataset_hash", "max_length", "truncation"),
 }  # fmt: skip

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import RunError
 from align.prompt_settings import PromptSection
 from align.samples import Group, Sample
 from align.sampling import Sampling
-from evals import sampled, verdicts
+from evals import controlled, sampled, verdicts
+from evals.controlled import Difficulty
+from evals.difficulty import RIDGE
 from evals.evaluation import Found
 from evals.measured import Measured
 from evals.opponents import Opponent
-from evals.referees import Answers, Referee, dropped
+from evals.referees import Answers, Referee, dropped, said
 from evals.results import Result
 from evals.scores import Scores
 from evals.verdicts import Verdicts
@@ -84,6 +88,7 @@ class Tournament:
         keys, policy = self.keys, self.context.job.name
         both = keys.orders == "both"
         found: dict[str, Verdicts] = {}
+        extras: dict[str, dict[str, Any]] = {}
         for other in self.others:
             pairs, missing = _pairs(self.groups, other)
             found[other.name] = self._play(referee, pairs, policy, other.name)
@@ -91,15 +96,85 @@ class Tournament:
                 del found[other.name]
                 continue
             own = found[other.name]
-            extra = self._extra(referee, other, own, missing)
-            where = {"dataset": self.dataset, "split": self._split(other.name, referee.name), "step": self.context.step}
+            extra = extras[other.name] = self._extra(referee, other, own, missing)
+            where = self._where(other.name, referee.name)
             measured, warnings = verdicts.measure(own, keys.kinds, both=both, margin=keys.margin)
             self.warnings += [f"{where['split']}: {line}" for line in warnings]
+            measured += self._controlled(referee, other, own, pairs, where["split"])
             self._file(measured, where, extra)
             self._note(referee, own, pairs)
         if "arena" in keys.kinds and found:
             self._strengths(referee, found)
+        if keys.is_joint and found:
+            self._joint(referee, found, extras)
         return found
+
+    def _controlled(
+        self, referee: Referee, other: Opponent, own: Verdicts, pairs: Sequence[Answers], split: str
+    ) -> list[Measured]:
+        """What holds more than length fixed; what the verdicts can't give is left out with a warning."""
+        keys = self.keys
+        makes: dict[str, Callable[[], Measured]] = {}
+        if keys.style_features:
+            texts = [(said(mine), said(theirs)) for mine, theirs in pairs]
+            style = (own, texts, keys.style_features, self._tokens)
+            makes["win_rate/style_controlled"] = lambda: controlled.by_style(*style)
+            if "arena" in keys.kinds and own.games is not None and keys.orders == "both":
+                makes["arena/style_controlled"] = lambda: controlled.by_style_of_games(*style)
+        path = keys.difficulty_file
+        if path is not None:
+            makes["win_rate/length_controlled_difficulty"] = lambda: self._frozen(path, referee, other, own)
+        found: list[Measured] = []
+        for what, make in makes.items():
+            try:
+                found.append(make())
+            except ValueError as error:
+                self.warnings.append(f"{split}: {what} is left out: {error}")
+        return found
+
+    def _tokens(self, text: str) -> int:
+        """Those of the model's own tokenizer, for the answers of all: what is compared are lengths in one unit."""
+        return len(self.context.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _frozen(self, path: Path, referee: Referee, other: Opponent, own: Verdicts) -> Measured:
+        known, judge = Difficulty.read(path), referee.described(self.keys.orders)
+        wanted, here = (known.baseline, known.judge), (other.described, judge["judge"])
+        if wanted != here or known.judge_template != judge["judge_template"]:
+            told = " by ".join(here) if wanted != here else f"{here[1]} with another prompt or version"
+            raise ValueError(
+                f"the difficulties in {path.name} are of games against {known.baseline} judged by {known.judge}, and "
+                f"these are against {told}"
+            )
+        return controlled.with_difficulty(own, known, path.name)
+
+    def _joint(self, referee: Referee, found: dict[str, Verdicts], extras: Mapping[str, dict[str, Any]]) -> None:
+        """One fit over all models that play the first baseline, and its difficulties in a file."""
+        first, *rest = self.others
+        where = self._where(first.name, referee.name)
+        try:
+            if first.name not in found:
+                raise ValueError(f"there are no verdicts against {first.name}, which all are compared with")
+            matches = [found[first.name]]
+            for other in rest:
+                pairs, _ = _pairs(other.groups, first)
+                played = self._play(referee, pairs, other.name, first.name) if pairs else None
+                matches += [played] if played is not None and self._believed(referee, played) else []
+            measured, psi = controlled.jointly(matches)
+        except ValueError as error:
+            self.warnings.append(f"{where['split']}: win_rate/length_controlled_joint is left out: {error}")
+            return
+        self._file([measured], where, extras[first.name])
+        judge = referee.described(self.keys.orders)
+        path = self.context.out / f"difficulty-{re.sub(r'[^A-Za-z0-9._-]+', '-', where['split'])}.json"
+        Difficulty(
+            baseline=first.described,
+            judge=judge["judge"],
+            judge_template=judge["judge_template"],
+            models=[match.model for match in matches],
+            ridge=RIDGE,
+            psi=psi,
+        ).write(path)
+        self.context.say(f"wrote {path}: difficulties of {len(psi)} prompts, by {len(matches)} models")
 
     def _play(self, referee: Referee, pairs: Sequence[Answers], model: str, baseline: str) -> Verdicts:
         return referee(
@@ -148,16 +223,18 @@ class Tournament:
             return
         together = " ".join(each.described for each in met)
         extra = {**self.conditions, **referee.described(self.keys.orders), "baseline": together}
-        self._file([measured], {"dataset": self.dataset, "split": split, "step": self.context.step}, extra)
+        self._file([measured], self._where(None, referee.name), extra)
 
     def _agreement(self, other: Opponent, one: Verdicts, two: Verdicts, first: str, second: str) -> None:
         split = self._split(other.name, f"{first} and {second}")
         extra = {**self.conditions, "baseline": other.described, "judge": f"{first} and {second}"}
-        where = {"dataset": self.dataset, "split": split, "step": self.context.step}
         try:
-            self._file([verdicts.compared(one, two)], where, extra)
+            self._file([verdicts.compared(one, two)], self._where(other.name, f"{first} and {second}"), extra)
         except ValueError as error:
             self.warnings.append(f"{split}: {error}")
+
+    def _where(self, baseline: str | None, judge: str) -> dict[str, Any]:
+        return {"dataset": self.dataset, "split": self._split(baseline, judge), "step": self.context.step}
 
     def _split(self, baseline: str | None, judge: str) -> str:
         named = f"{self.split} vs {baseline}" if baseline is not None and len(self.others) > 1 else self.split

@@ -19,8 +19,12 @@ from objectives.stats import Estimate
 COLUMNS = {
     "win_rate/raw": "win rate",
     "win_rate/length_controlled": "length-controlled",
+    "win_rate/length_controlled_difficulty": "length, difficulty",
+    "win_rate/length_controlled_joint": "joint fit",
+    "win_rate/style_controlled": "style-controlled",
     "judge/win_rate": "both orders",
     "arena/score": "arena score",
+    "arena/style_controlled": "arena, style-controlled",
     "wildbench/reward": "WB-Reward",
 }
 """Metrics against a baseline, and the names of their columns."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from align.errors import RecipeError
@@ -53,6 +54,13 @@ class WinRate:
     tau: float | None = None
     """With judges that score answers one by one: the model wins with probability σ(difference/τ). Default: the higher
     score wins, equal ones tie."""
+    style_control: bool | tuple[Literal["length", "headers", "lists", "bold"], ...] = False
+    """Also the win rate were answers alike in length, headers, lists and bold, or in those named: a regression that
+    takes ten prompts for each feature and ten for the model. With arena, of Arena-Hard's games too."""
+    difficulty: str | None = None
+    """With length_controlled: also with the difficulty of every instruction. joint: fitted to all models that play the
+    first baseline (this one and the other baselines; ten or more), and written to the output folder. Else a file that
+    was written so."""
     truncated: Literal["keep", "exclude"] = "keep"
     """Pairs with an answer that was cut off at max_tokens: judged (language models are told), or left out."""
     max_unjudged: float = 0.2
@@ -81,7 +89,39 @@ class WinRate:
                 raise ValueError("tau has no effect on judges that are shown both answers; remove it")
         if self.orders != "both" and not any(pairwise):
             raise ValueError("orders has no effect on judges that score answers one by one; remove it")
+        if self.style_control == ():
+            raise ValueError("style_control is empty; list some of length, headers, lists and bold, or write true")
+        if self.difficulty is not None:
+            self._check_difficulty(len(listed))
         require("max_unjudged", self.max_unjudged, 0 <= self.max_unjudged < 1, "in [0, 1)")
+
+    def _check_difficulty(self, baselines: int) -> None:
+        from evals.difficulty import ENOUGH
+
+        if "length_controlled" not in self.kinds:
+            raise ValueError("difficulty has no effect without kind length_controlled; add it, or remove difficulty")
+        if self.is_joint and baselines < ENOUGH:
+            raise ValueError(
+                f"difficulty: joint takes {ENOUGH} models or more that play the first baseline, and {baselines} would, "
+                "this one and every further baseline; list more baselines, or name a file that such a fit wrote"
+            )
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether difficulties come from the games of this evaluation."""
+        return self.difficulty == "joint"
+
+    @property
+    def difficulty_file(self) -> Path | None:
+        """Where difficulties come from that were fitted before."""
+        return None if self.difficulty is None or self.is_joint else Path(self.difficulty)
+
+    @property
+    def style_features(self) -> tuple[str, ...]:
+        """What is held fixed of style; empty where nothing is."""
+        from evals.style_control import FEATURES
+
+        return FEATURES if self.style_control is True else () if self.style_control is False else self.style_control
 
     @property
     def needs(self) -> EvalNeeds:
@@ -90,13 +130,20 @@ class WinRate:
         return EvalNeeds(samples=True, reference=any(each.model == opponents.REFERENCE for each in listed))
 
     def check(self, job: Job) -> None:
-        """Files and models of baselines, as far as they can be seen; prompts."""
+        """Files and models of baselines, as far as they can be seen; prompts; the file of difficulties."""
         sampled.prompts_of(self.prompts, job, "win_rate")
+        if self.difficulty_file is not None:
+            from evals.controlled import Difficulty
+
+            try:
+                Difficulty.read(self.difficulty_file)
+            except ValueError as error:
+                raise RecipeError(f"evals: win_rate: difficulty: {error}") from None
         for baseline in opponents.baselines_of(self.baseline):
             opponents.check(baseline, job)
 
     def __call__(self, context: Context) -> Found:
-        """See ``evals.verdicts``."""
+        """See ``evals.verdicts`` and ``evals.controlled``."""
         from evals.referees import Referee, names_of
         from evals.tournament import Tournament
 

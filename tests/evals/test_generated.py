@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from align import samples as stored
 from align.errors import RecipeError, RunError
 from align.prompts import PromptSection, read_prompts
 from align.sampling import Sampling
-from data.worlds import POLICY, gold_score, problem_of
+from data.worlds import POLICY, candidates, gold_score, problem_of, problems
 from evals import sampled
 from evals.compare import compare, read_run
 from evals.evaluations.generations import measured_of, sample_during
 from evals.length_control import length_controlled
+from evals.report import write_report
 from evals.run_settings import read_job
 from evals.scores import read_scores
 from evals.win_rate import win_rate_of_scores
@@ -221,6 +223,59 @@ def test_several_baselines_and_judges(world: World, tmp_path: Path):
     assert {"win_rate/raw vs two by gold", "win_rate/raw vs output by judge-1", "gold"} <= set(mine)
 
 
+def many(path: Path, prompts: int, models: int) -> dict[str, Any]:
+    """A win rate against answers of several models, which the prompts carry along."""
+    asked = problems("held_out", prompts, seed=2)
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": problem.question}],
+            "responses_of": [{"model": f"m{i}", "text": text, "score": 0.5} for i, text in enumerate(texts)],
+        }
+        for problem, texts in zip(asked, candidates(asked, models), strict=True)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    listed = [{"column": "responses_of", "answer_of": f"m{i}"} for i in range(models)]
+    return win_rate("gold", baseline=listed, prompts={"dataset_name": str(path)}, tau=0.3)
+
+
+def test_style_and_difficulty_are_held_fixed_where_they_are_asked_for(world: World, tmp_path: Path):
+    """Joint over ten models, its difficulties frozen in a file, which the next evaluation reads; style at once."""
+    keys = many(tmp_path / "many.jsonl", prompts=52, models=10)
+    where: dict[str, Any] = {"drawn": False, "reference": {"model": "none"}}
+    out = tmp_path / "joint"
+    found, said = world.evaluate(out, {**keys, "style_control": True, "difficulty": "joint"}, **where)
+    assert not [line for line in said if "left out" in line]
+    joint = found["win_rate/length_controlled_joint", "all vs m0"]
+    assert joint.low is not None
+    assert joint.low < joint.value < joint.high
+    assert (joint.clusters, len(joint.extra["joint"]["models"])) == (52, 10)
+    assert [split for metric, split in found if metric == joint.metric] == ["all vs m0"]
+    styled = [found["win_rate/style_controlled", f"all vs m{i}"] for i in range(10)]
+    assert all(each.low is not None and each.low <= each.value <= each.high for each in styled)
+    assert styled[0].extra["style_features"] == ["length", "headers", "lists", "bold"]
+    report = write_report(out).read_text()
+    for name in ("style-controlled", "joint fit", "were length and markdown alike"):
+        assert name in report, name
+
+    file = out / "difficulty-all-vs-m0.json"
+    assert len(json.loads(file.read_text())["psi"]) == 52
+    shutil.copytree(out / "samples", tmp_path / "again" / "samples")
+    again = {**keys, "baseline": keys["baseline"][:2], "difficulty": str(file), "style_control": ["length"]}
+    later, said = world.evaluate(tmp_path / "again", again, **where)
+    frozen = later["win_rate/length_controlled_difficulty", "all vs m0"]
+    assert frozen.low < frozen.value < frozen.high
+    assert frozen.value == pytest.approx(joint.value, abs=0.1), "two estimators of one thing"
+    assert later["win_rate/style_controlled", "all vs m0"].extra["style_features"] == ["length"]
+    (left,) = (line for line in said if "length_controlled_difficulty is left out" in line)
+    assert "are of games against m0 (" in left
+    assert "judged by gold, and these are against m1 (" in left
+
+    few = many(tmp_path / "few.jsonl", prompts=12, models=2)
+    less, said = world.evaluate(tmp_path / "less", {**few, "style_control": True}, **where)
+    assert "win_rate/style_controlled" not in {metric for metric, _ in less}
+    assert any("win_rate/style_controlled is left out: 12 prompts have a verdict" in line for line in said)
+
+
 def test_stored_samples_as_baseline(world: World, tmp_path: Path):
     """Missing prompts are dropped and counted, other sampling is told; none in common is refused."""
     (drawn,) = (world.folder / "drawn" / "samples").glob("baseline-*.jsonl")
@@ -291,6 +346,11 @@ def test_runs_are_compared_only_under_equal_conditions(world: World, tmp_path: P
         ({"baselines_meet": True}, "baselines_meet has no effect"),
         ({"tau": 0}, "tau must be > 0"),
         ({"max_unjudged": 1}, "max_unjudged must be in"),
+        ({"style_control": []}, "style_control is empty; list some of length, headers, lists and bold"),
+        ({"style_control": ["colour"]}, "style_control must be"),
+        ({"difficulty": "joint"}, "difficulty: joint takes 10 models or more that play the first baseline, and 1"),
+        ({"difficulty": "psi.json", "kinds": ["raw"]}, "difficulty has no effect without kind length_controlled"),
+        ({"difficulty": "gone.json"}, "difficulty: gone.json can't be read (No such file or directory)"),
         ({"prompts": None}, "win_rate needs prompts"),
     ],
 )

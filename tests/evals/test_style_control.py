@@ -8,7 +8,7 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
 from evals.bradley_terry import bradley_terry
-from evals.style_control import FEATURES, differences, style_controlled, style_of
+from evals.style_control import FEATURES, at_equal_style, differences, style_controlled, style_of
 
 
 def games(seed: int, n: int = 300, models: int = 3) -> tuple[list[str], np.ndarray, np.ndarray, list[int]]:
@@ -89,6 +89,51 @@ def test_a_model_that_never_loses_is_helped():
     found = style_controlled(["m"] * 3, [1.0, 1.0, 1.0], np.zeros((3, 1)), features=("length",), draws=0)
     assert found.theta["m"] == pytest.approx(np.log(7))
     assert found.pseudo_games == 1
+
+
+def test_one_model_at_equal_style_by_hand():
+    """The value is the regression's; the variance is worked out game by game from its formula."""
+    who, won, style, prompts = games(5, n=60, models=1)
+    found, weights = at_equal_style(won, style, prompts)
+    whole = style_controlled(who, won, style, prompts, centred=False, draws=0)
+    assert (found.value, weights) == (whole.win_rate["m0"].value, whole.weights)
+    u = np.concatenate([np.ones((len(won), 1)), style / style.std(axis=0, ddof=1)], axis=1)
+    w = np.array([whole.theta["m0"], *whole.weights.values()])
+    curvature, spread = np.zeros((5, 5)), np.zeros((5, 5))
+    for g in range(60):
+        s = np.zeros(5)
+        for i in (i for i, prompt in enumerate(prompts) if prompt == g):
+            p = float(expit(u[i] @ w))
+            s += (won[i] - p) * u[i]
+            curvature += p * (1 - p) * np.outer(u[i], u[i])
+        spread += np.outer(s, s)
+    inverse = np.linalg.inv(curvature)
+    half = 2.004045 * np.sqrt((inverse @ spread @ inverse)[0, 0] * 60 / 55)  # t of 55 degrees of freedom
+    ends = found.low, found.high
+    assert ends == pytest.approx([expit(w[0] - half), expit(w[0] + half)], abs=1e-6)
+    assert (found.n, found.clusters) == (120, 60)
+
+
+@pytest.mark.parametrize("theta", [0.0, 0.8])
+def test_the_interval_at_equal_style_covers(theta: float):
+    """Two games of each of 100 prompts, decided together; 5,000 times."""
+    held = 0
+    for seed in range(5000):
+        rng = np.random.default_rng([seed, int(10 * theta)])
+        style = rng.normal(0.1, [0.4, 0.2], (200, 2))
+        won = (np.repeat(rng.random(100), 2) < expit(theta + style @ np.array([2.0, 0.5]))).astype(float)
+        found, _ = at_equal_style(won, style, np.repeat(np.arange(100), 2).tolist(), features=("length", "bold"))
+        held += found.low <= expit(theta) <= found.high
+    assert 0.94 <= held / 5000 <= 0.965
+
+
+def test_what_has_no_win_rate_at_equal_style():
+    style = np.random.default_rng(0).normal(size=(12, 1))
+    for won, says in ((np.ones(12), "the model won every game"), (np.zeros(12), "the model lost every game")):
+        with pytest.raises(ValueError, match=says):
+            at_equal_style(won, style, features=("length",))
+    with pytest.raises(ValueError, match="2 prompts are too few for 2 coefficients"):
+        at_equal_style([1, 0, 0.5] * 4, style, [0, 1] * 6, features=("length",))
 
 
 def test_what_has_no_style():
