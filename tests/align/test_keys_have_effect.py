@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
-from align import forecast
 from align.keys import NAMED
 from align.recipe import KINDS, read_recipe
 from align.train import main
@@ -25,6 +24,7 @@ from evals import run_directory
 from objectives.registry import defaults
 from tests.equivalence.runs import write_rows
 from tests.equivalence.worlds import save_model, save_pairs
+from tests.support import without_forecast
 
 LEARNING_RATE = 1e-3
 CHANGED = 1e-3 * LEARNING_RATE
@@ -331,7 +331,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
             patch.chdir(folder)
             patch.setenv("ALIGN_CACHE", str(folder / "cache"))
             patch.setattr(run_directory, "finish", lambda *args: None)  # report and card, which nothing reads here
-            patch.setattr(forecast, "look_ahead", no_forecast)
+            without_forecast(patch)
             status = main([*(f"--{key}={value}" for key, value in given.items() if key not in named), *words])
         assert status == 0
         return found.setdefault((rows, *words), load_file(folder / given["output_dir"] / "model.safetensors"))
@@ -340,11 +340,6 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
     gc.freeze()
     yield run
     gc.unfreeze()
-
-
-def no_forecast(*args: Any) -> Any:
-    """Half of the time of a run this short."""
-    raise forecast.ForecastError("not wanted")
 
 
 def difference(before: Weights, after: Weights) -> float:
