@@ -9,15 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
 
 from align.errors import RunError
-from align.fingerprints import joined, weights_on_disk
+from align.fingerprints import joined, weights_on_disk, with_texts
 from align.value_head import is_reward_model, without_load_report
-
-TEXTS = ("*config.json", "tokenizer*", "*.model", "chat_template*", "vocab*", "merges.txt")
-"""What a model's scores depend on besides its weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +54,7 @@ class RewardFiles:
             weights_on_disk(self.base, "main" if self.is_adapter else self.revision),
             weights_on_disk(self.name, self.revision) if self.is_adapter else None,
         )
-        state = xxhash.xxh3_64(weights.encode())
-        for path in sorted({path for pattern in TEXTS for path in Path(self.name).glob(pattern)}):
-            state.update(path.name.encode() + path.read_bytes())
-        return state.hexdigest()
+        return with_texts(weights, self.name)
 
     def load(self, dtype: torch.dtype) -> tuple[Any, Any]:
         """Model, in eval mode, and tokenizer.
