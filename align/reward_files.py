@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from align.errors import RunError
 from align.fingerprints import joined, weights_on_disk, with_texts
+from align.hub_adapters import adapter_folder
 from align.value_head import is_reward_model, without_load_report
 
 
@@ -103,6 +104,8 @@ def find(name: str, revision: str = "main", *, trust_remote_code: bool = False) 
     from transformers import AutoConfig
 
     folder = Path(name).expanduser()
+    if not folder.is_dir() and (fetched := adapter_folder(name, revision)) is not None:
+        folder = fetched
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise RunError(f"reward_model: there is no folder {name!r}; name a folder or a Hub id")
     name = base = str(folder) if folder.is_dir() else name
