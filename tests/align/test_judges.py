@@ -510,10 +510,12 @@ def test_what_can_t_be_asked_is_refused(keys: dict[str, Any], says: str):
 
 def test_keys_without_effect_are_named():
     base: dict[str, Any] = {"model": "j", "base_url": "http://localhost/v1"}
-    assert set(Judge(**base, mode="pointwise").idle()) == {"baseline", "opponents", "scale", "policy"}
-    assert set(Judge(**base, policy="strict").idle()) == {"scale"}
-    assert set(Judge(**base, baseline="x").idle()) == {"opponents"}
-    assert Judge(**base).idle() == {}
+    of_vllm = {"revision", "engine_args", "start_timeout"}
+    assert set(Judge(**base, mode="pointwise").idle()) == {"baseline", "opponents", "scale", "policy"} | of_vllm
+    assert set(Judge(**base, policy="strict").idle()) == {"scale"} | of_vllm
+    assert set(Judge(**base, baseline="x").idle()) == {"opponents"} | of_vllm
+    assert set(Judge(**base).idle()) == of_vllm
+    assert set(Judge(model="j", engine="vllm").idle()) == {"api_key_env"}
 
 
 def test_the_cache_holds_what_was_said(server: JudgeServer, tmp_path: Path):
