@@ -17,9 +17,9 @@ from objectives.relabel import RewardAugmented
 from objectives.rows import Row, Text
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How responses are drawn."""
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How responses are drawn, but for the seed."""
 
     n: int = 1
     """Samples of each prompt, ≥ 1."""
@@ -35,8 +35,6 @@ class Sampling:
     """Longest response, in tokens, its end token included."""
     stop: list[str] = field(default_factory=list)
     """Texts before which a response ends, besides the model's end tokens."""
-    seed: int = 0
-    """The same seed gives the same samples, whatever else is drawn beside them."""
 
     def __post_init__(self) -> None:
         require("n", self.n, self.n >= 1, ">= 1")
@@ -45,10 +43,21 @@ class Sampling:
         require("top_k", self.top_k, self.top_k >= 0, ">= 0; 0 means all")
         require("min_p", self.min_p, 0 <= self.min_p < 1, "in [0, 1)")
         require("max_tokens", self.max_tokens, self.max_tokens >= 1, ">= 1")
-        require("seed", self.seed, 0 <= self.seed < 2**31, "in [0, 2³¹)")
         require("stop", self.stop, all(self.stop), "texts that are not empty")
         if self.temperature == 0 and self.n > 1:
             raise ValueError(f"n is {self.n}, but at temperature 0 all samples are the same; set n 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(Drawing):
+    """How responses are drawn."""
+
+    seed: int = 0
+    """The same seed gives the same samples, whatever else is drawn beside them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require("seed", self.seed, 0 <= self.seed < 2**31, "in [0, 2³¹)")
 
     def described(self) -> dict[str, Any]:
         """Every setting, as samples carry it."""

@@ -23,10 +23,11 @@ from evals.card_plots import FOLDER, Plot, draw
 from evals.card_results import TITLES, conditions, final, groups, label
 from evals.curves import show_number, show_share
 from evals.metrics import METRICS
+from evals.parts import of_part
 from evals.redact import is_hub_id, public, scrub, shown_name
 from evals.results import Result, write_atomically
 from evals.run_files import RunFiles, read_run
-from evals.summary import calibration, headline, of_part, parts, show, show_interval, unit_of, whole
+from evals.summary import calibration, headline, show, show_interval, tables, unit_of
 
 __all__ = ["CardInfo", "code_block", "escape_markdown", "write_card"]
 
@@ -144,15 +145,14 @@ def _context(run: RunFiles, info: CardInfo, name: str) -> dict[str, Any]:
         "steps": run.steps,
         "groups": groups(_shown(run)),
         "label": label,
-        "parts": parts(run),
-        "part_metrics": list(dict.fromkeys(metric for part in parts(run) for metric in part.cells)),
+        "parts": tables(run),
         "calibration": calibration(run),
         "shown_name": shown_name,
         "public": public,
         "unit": lambda metric: {"share": "", "points": "", "nats": "nats"}.get(unit_of(metric), ""),
         "checks": [scrub(check) for check in run.checks],
         "resumes": [public(line) for line in info.resumes],
-        "limits": [public(line) for line in limits(run, info, _final(run))],
+        "limits": [public(line) for line in limits(run, info, _shown(run))],
         "versions": {str(k): public(str(v)) for k, v in info.versions.items()},
         "identity": _flat({k: v for k, v in identity.items() if not (k == "versions" and info.versions)}),
         "command": code_block(public(info.command), "sh"),
@@ -248,9 +248,8 @@ def _final(run: RunFiles) -> list[Result]:
 
 
 def _shown(run: RunFiles) -> list[Result]:
-    """Those of the large table: of a reward model, parts of the rows have a table of their own."""
-    together = whole(run)
-    return [r for r in _final(run) if not of_part(r, together)]
+    """Those over all rows: parts have a line each in a table of their own."""
+    return [r for r in _final(run) if not of_part(r)]
 
 
 def _task(info: CardInfo) -> str:

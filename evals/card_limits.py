@@ -11,7 +11,7 @@ from evals.card_results import conditions
 from evals.curves import show_number, show_share
 from evals.results import Result
 from evals.run_files import RunFiles
-from evals.summary import HEADLINES, notes, show, show_interval, unit_of
+from evals.summary import HEADLINES, notes, show, show_interval, tables, unit_of
 
 WIDE = 0.1
 """Of a share's interval: ten points."""
@@ -29,12 +29,13 @@ def limits(run: RunFiles, info: CardInfo, results: Sequence[Result]) -> list[str
     Args:
         run: the run's files.
         info: of the card.
-        results: the latest ones, as ``evals.card_results.final`` gives them.
+        results: the latest ones, as ``evals.card_results.final`` gives them, without those of parts.
     """
     own = notes(run)
     return [
         *(note.text for note in own),
         *_precision(results),
+        *_parts(run),
         *_ranking(results),
         *_displacement(run, results, said=any("Likelihood displacement" in note.text for note in own)),
         *_judged(results, info),
@@ -79,6 +80,17 @@ def _precision(results: Sequence[Result]) -> Iterator[str]:
     if unknown:
         names = ", ".join(dict.fromkeys(r.metric for r in unknown[:5]))
         yield f"{len(unknown)} number(s) have no interval, because their spread is not known ({names})."
+
+
+def _parts(run: RunFiles) -> Iterator[str]:
+    """One sentence on all parts of few prompts: there may be a hundred of them."""
+    sizes = [max(r.clusters for r in part.cells.values()) for table in tables(run) for part in table.parts]
+    few = sum(size < FEW_PROMPTS for size in sizes)
+    if few:
+        yield (
+            f"{few} of {len(sizes)} parts of the rows have fewer than {FEW_PROMPTS} prompts, so that their intervals "
+            "cover the truth less often than 95 %."
+        )
 
 
 def _width(result: Result) -> float:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,12 +10,10 @@ import numpy as np
 from data.preparation import Split
 from evals import reward_model
 from evals.labelled import measure
+from evals.parts import marked, parts_of
 from evals.ranking import Pairs, rank
 from evals.results import Result, as_metrics
 from evals.scores import Scores
-
-MOST_GROUPS = 100
-"""Groups of rows that are reported apart, the largest ones: a page of more is read by nobody."""
 
 
 class HeldOut:
@@ -57,15 +54,16 @@ class HeldOut:
         by_row = {name: values[order] for name, values in sums.items()}
         found = self._measure(by_row, self.dataset, self.name, step)
         self.scores = self._scores(by_row, step)
-        groups, left_out = self._groups(by_row["row"])
+        parts, left_out = parts_of(self.split, by_row["row"], self.dataset, self.name)
         if found and left_out:
             found[0] = replace(found[0], extra={**found[0].extra, "groups_left_out": left_out})
         apart: list[Result] = []
-        for dataset, name, members in [*self._sources(by_row["row"]), *groups]:
-            own = {key: values[members] for key, values in by_row.items()}
-            apart += self._measure(own, dataset, name, step, part=True)
+        for part in parts:
+            own = {key: values[part.members] for key, values in by_row.items()}
+            apart += self._measure(own, part.dataset, part.split, step, part=True)
         if _of_reward_model(by_row):
             apart += reward_model.apart(by_row, self._prompts(by_row), dataset=self.dataset, split=self.name, step=step)
+        apart = marked(apart, self.dataset, self.name)
         self.results = [result for result in self.results if result.step != step] + found + apart
         self.keep(self.results)
         return as_metrics(found)
@@ -84,24 +82,6 @@ class HeldOut:
             )
             for metric, found in rank(_pairs(by_row, prompts)).by_prompt.items()
         ]
-
-    def _sources(self, rows: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
-        """Dataset, split and rows of each dataset, where there are several."""
-        sources = np.array([self.split.where[row][0] for row in rows])
-        names = list(dict.fromkeys(sources.tolist()))
-        if len(names) > 1:
-            yield from ((name, self.name, sources == name) for name in names)
-
-    def _groups(self, rows: np.ndarray) -> tuple[list[tuple[str, str, np.ndarray]], int]:
-        """Dataset, split and rows of each group, where there are several, and how many groups are left out."""
-        groups = np.array([self.split.groups[row] for row in rows] if self.split.groups else [])
-        sizes = Counter(groups.tolist())
-        if len(sizes) < 2:
-            return [], 0
-        kept = [name for name, _ in sizes.most_common(MOST_GROUPS)]
-        return [
-            (self.dataset, f"{self.name}, {name or 'other'}", groups == name) for name in sizes if name in set(kept)
-        ], len(sizes) - len(kept)
 
     def _prompts(self, by_row: Mapping[str, np.ndarray]) -> list[int]:
         return self.split.prompts[by_row["row"]].tolist()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,30 @@ from align import model as models
 from align.build import Run
 from align.engines import launched, shards_weights
 from align.forward import causal_lm
-from align.prompts import read_prompts
+from align.prompts import Prompt, read_prompts
+from align.sampling import Sampling
 from evals import sampled
-from evals.evaluations.generations import Generations, measured_of, sample_during
+from evals.evaluations.generations import Generations, measured_of, names_on_the_way, sample_during
 from evals.generations_file import write_generations
 from evals.held_out import HeldOut
+from evals.redact import public
 from evals.results import as_metrics
-from evals.run_settings import at_the_end
+from evals.run_settings import Job, at_the_end
 
 CONTEXT = 2048
 """Most tokens of prompt and answer where a model names no context."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """The prompts of one evaluation, and how they are sampled."""
+
+    prompts: Sequence[Prompt]
+    how: Sampling
+    dataset: str
+    split: str
+    logged: str
+    """What stands behind its metrics' names in a line of the log."""
 
 
 class SamplesOnTheWay(TrainerCallback):
@@ -30,43 +44,59 @@ class SamplesOnTheWay(TrainerCallback):
 
     Args:
         run: ready to start.
-        entry: which prompts, how many of them, and how they are sampled.
+        job: whose entries of generations say which prompts, how many of them, and how they are sampled.
         held_out: keeps the results.
-        output_dir: of the run.
     """
 
-    def __init__(self, run: Run, entry: Generations, held_out: HeldOut, output_dir: Path) -> None:
-        job = at_the_end(run.recipe, output_dir)
-        prompts = sampled.prompts_of(entry.prompts, job, "generations")
-        self.run, self.held_out, self.output_dir = run, held_out, output_dir
-        self.how = sampled.seeded(entry.sampling, job)
-        self.prompts = read_prompts(prompts).found[: entry.during]
-        self.dataset = prompts.dataset_name
-        self.split = f"{sampled.split_name(prompts, entry.split_name)}, first {len(self.prompts)}"
+    def __init__(self, run: Run, job: Job, held_out: HeldOut) -> None:
+        self.run, self.held_out, self.output_dir = run, held_out, Path(job.out.output_dir)
+        names = names_on_the_way(job)
+        self.asked = [_asked(job.evals[number].built, job, name, len(names) > 1) for number, name in names.items()]
         config = causal_lm(run.trainer.unwrapped).config
         self.length = models.context_length(config) or CONTEXT
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draws, measures, files and logs."""
+        line: dict[str, float] = {}
+        for asked in self.asked:
+            line |= self._sampled(asked, state.global_step)
+        if line:
+            self.run.trainer.log({f"eval_{key.removeprefix('eval/')}": value for key, value in line.items()})
+
+    def _sampled(self, asked: _Asked, step: int) -> dict[str, float]:
         trainer = self.run.trainer
         trainer.note("sampling")
         with trainer.scoring():
-            groups, _ = sample_during(trainer.unwrapped, self.run.tokenizer, self.prompts, self.how, length=self.length)
+            groups, _ = sample_during(
+                trainer.unwrapped, self.run.tokenizer, asked.prompts, asked.how, length=self.length
+            )
         if not groups:
-            return
-        step = state.global_step
+            return {}
         measured = measured_of(groups)
-        where: dict[str, Any] = {"dataset": self.dataset, "split": self.split, "step": step}
-        extra = {"sampling": self.how.described(), "template": groups[0].samples[0].origin.template}
+        where: dict[str, Any] = {"dataset": asked.dataset, "split": asked.split, "step": step}
+        extra = {"sampling": asked.how.described(), "template": groups[0].samples[0].origin.template}
         found = measured.results(**where, extra=extra)
-        shown = {**where, "split": f"{self.split}, generations"}
+        shown = {**where, "split": f"{asked.split}, generations"}
         name = self.run.recipe.train.run_name or self.output_dir.resolve().name
         write_generations(self.output_dir, sampled.generations(groups, lambda sample: {}, **shown, model=name))
-        own = (self.dataset, self.split, step)
+        own = (asked.dataset, asked.split, step)
         kept = [each for each in self.held_out.results if (each.dataset, each.split, each.step) != own]
-        self.held_out.results = [*kept, *(replace(each) for each in found)]
+        self.held_out.results = [*kept, *found]
         self.held_out.keep(self.held_out.results)
-        trainer.log({f"eval_{key.removeprefix('eval/')}": value for key, value in as_metrics(found).items()})
+        return {f"{key}{asked.logged}": value for key, value in as_metrics(found).items()}
+
+
+def _asked(entry: Generations, job: Job, name: str, several: bool) -> _Asked:
+    section = sampled.prompts_of(entry.prompts, job, "generations")
+    prompts = read_prompts(section).found[: entry.during]
+    first = f", first {len(prompts)}"
+    return _Asked(
+        prompts=prompts,
+        how=sampled.seeded(entry.sampling, job),
+        dataset=section.dataset_name,
+        split=sampled.split_name(section, entry.split_name) + first,
+        logged=f" ({public(name)}{first})" if several else "",
+    )
 
 
 def add_to(run: Run, held_out: HeldOut | None, output_dir: Path, say: Callable[[str], None]) -> None:
@@ -78,10 +108,12 @@ def add_to(run: Run, held_out: HeldOut | None, output_dir: Path, say: Callable[[
         output_dir: of the run.
         say: told where it can't be.
     """
-    for entry in run.recipe.evals:
-        if not isinstance(entry.built, Generations) or not entry.built.during or held_out is None:
-            continue
-        if shards_weights(launched()):
-            say(f"note: generations are sampled at the end only: under {launched()} no process has whole weights")
-            continue
-        run.trainer.add_callback(SamplesOnTheWay(run, entry.built, held_out, output_dir))
+    if not run.recipe.evals or held_out is None:
+        return
+    job = at_the_end(run.recipe, output_dir)
+    if not names_on_the_way(job):
+        return
+    if shards_weights(launched()):
+        say(f"note: generations are sampled at the end only: under {launched()} no process has whole weights")
+        return
+    run.trainer.add_callback(SamplesOnTheWay(run, job, held_out))

@@ -19,6 +19,7 @@ from evals.length_plots import ridges
 from evals.pair_columns import PairColumns, columns
 from evals.pair_plots import MOST_DOTS, ches_against_displacement, difficulty_by_rightness
 from evals.pair_rows import read_pairs
+from evals.parts import of_part
 from evals.prompt_data import prompt_data
 from evals.redact import public, redact, scrub, shown_name
 from evals.report_curves import panels_of
@@ -28,7 +29,7 @@ from evals.response_lengths import response_lengths
 from evals.result_plots import reliability
 from evals.results import Result, write_atomically
 from evals.run_files import RunFiles, read_run
-from evals.summary import Point, calibration, headline, notes, of_part, parts, unit_of, whole
+from evals.summary import Point, calibration, headline, notes, tables, unit_of
 from evals.win_table import against_baselines
 
 MOST_ROWS = 50
@@ -61,11 +62,11 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
 def _context(run: RunFiles) -> dict[str, Any]:
     top = headline(run)
     points = [p for p in ((top.before, top.after) if top else ()) if p is not None]
-    of_parts, curve = parts(run), calibration(run)
-    metrics = list(dict.fromkeys(metric for part in of_parts for metric in part.cells))
+    parts, curve = tables(run), calibration(run)
     span = _span([v for p in points for v in (p.value, p.low, p.high) if v is not None] + [0.5])
     results = list(run.results.results) if run.results else []
-    ends = _ends(run)
+    whole = [result for result in results if not of_part(result)]
+    ends = _ends(whole)
     pairs = columns(read_pairs(run.path))
     return {
         "title": _title(run),
@@ -83,13 +84,12 @@ def _context(run: RunFiles) -> dict[str, Any]:
         "panels": panels_of(run),
         "smooth_from": SMOOTH_FROM,
         "groups": groups(ends),
-        "between": len(results) - len(ends) - sum(len(part.cells) for part in of_parts),
-        "parts": [(part, _bar(part.cells[metrics[0]]) if metrics[0] in part.cells else None) for part in of_parts],
-        "part_metrics": metrics,
+        "between": len(results) - len(ends) - sum(table.shown for table in parts),
+        "parts": [(table, [(part, _bar(part.cells.get(table.metrics[0]))) for part in table.parts]) for table in parts],
         "calibration": curve,
         "reliability": reliability(curve.bins) if curve else "",
         "with_steps": len({r.step for r in ends}) > 1,
-        "ranking": [*ideal_figures(results), *flow_figures(results), *_difficulty(pairs)],
+        "ranking": [*ideal_figures(whole), *flow_figures(whole), *_difficulty(pairs)],
         "ches": _ches(pairs, results),
         "wins": [table for table in (against_baselines(results),) if table is not None],
         "pass_at_k": pass_at_k_figures({"": results}),
@@ -148,13 +148,12 @@ def _name(run: RunFiles) -> str:
     return shown_name(run.path.resolve().name)
 
 
-def _ends(run: RunFiles) -> list[Result]:
+def _ends(results: Sequence[Result]) -> list[Result]:
     """Results of the first and the last evaluation, metric by metric; the curves show those in between.
 
-    Those of parts of a reward model's rows have a table of their own.
+    Args:
+        results: without those of parts, which have tables of their own.
     """
-    together = whole(run)
-    results = [r for r in (run.results.results if run.results else ()) if not of_part(r, together)]
     steps = {result.step for result in results}
     kept = [result for result in results if result.step in (min(steps), max(steps))]
     order = {metric: i for i, metric in enumerate(dict.fromkeys(result.metric for result in results))}
@@ -171,9 +170,9 @@ def _run(run: RunFiles) -> Mapping[str, Any]:
     return run.results.run if run.results else {}
 
 
-def _bar(result: Result) -> Markup | None:
+def _bar(result: Result | None) -> Markup | None:
     """Shares get a whisker on [0, 1]; nats have no common axis."""
-    if unit_of(result.metric) != "share" or result.low is None or result.high is None:
+    if result is None or unit_of(result.metric) != "share" or result.low is None or result.high is None:
         return None
     return whisker(result.value, result.low, result.high, span=(0.0, 1.0))
 

@@ -204,7 +204,8 @@ def _tell_trackers(run: Run, results: Sequence[Result]) -> None:
     logged = {(line["step"], key) for line in _lines(run.metrics.path) for key in line}
     steps: dict[int, dict[str, float]] = {}
     for result in results:
-        if (result.step, f"eval/{result.metric}") in logged:
+        known = f"eval/{result.metric}", f"eval/{result.metric} ({public(result.split)})"
+        if any((result.step, key) in logged for key in known):
             continue
         values, named = steps.setdefault(result.step, {}), as_metrics([result])
         again = not values.keys().isdisjoint(named)

@@ -21,6 +21,7 @@ from align.sections import ModelSection
 from align.typed import Entry
 from evals import evaluations  # noqa: F401  # registers them
 from evals.evaluation import EVALS
+from evals.evaluations.generations import names_on_the_way
 from objectives.checks import require
 
 
@@ -304,6 +305,8 @@ def check_recipe(recipe: Recipe) -> None:
         return
     job = at_the_end(recipe, Path(recipe.train.output_dir))
     held_out = recipe.data.eval_dataset_name is not None or recipe.data.eval_share > 0
+    if held_out:
+        names_on_the_way(job)
     for number, entry in enumerate(job.evals):
         needs, where = entry.built.needs, f"evals.{number} ({entry.name})"
         if needs.pairs and not held_out:

@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,12 @@ from align.errors import RecipeError
 from align.keys import Schema
 from align.prompt_settings import PromptSection
 from align.samples import Group, Sample
-from align.sampling import Sampling
+from align.sampling import Drawing, Sampling
 from align.scorers import SCORERS
 from align.selection import SELECTIONS
 from align.typed import Entry, entries
 from evals.generations_file import Generation
+from objectives.checks import require
 
 if TYPE_CHECKING:
     from evals.context import Context
@@ -94,9 +95,23 @@ def prompts_of(prompts: PromptSection | None, job: Job, name: str) -> PromptSect
     )
 
 
-def seeded(sampling: Sampling, job: Job) -> Sampling:
+@dataclass(frozen=True, kw_only=True)
+class EvalSampling(Drawing):
+    """How an evaluation's answers are drawn."""
+
+    seed: int | None = None
+    """The same seed gives the same answers. Default: out.seed; in a training recipe, train.seed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seed is not None:
+            require("seed", self.seed, 0 <= self.seed < 2**31, "in [0, 2³¹)")
+
+
+def seeded(sampling: EvalSampling, job: Job) -> Sampling:
     """The settings with the seed of the whole evaluation, where they have none of their own."""
-    return replace(sampling, seed=job.out.seed) if sampling.seed == 0 else sampling
+    seed = job.out.seed if sampling.seed is None else sampling.seed
+    return Sampling(**{**asdict(sampling), "seed": seed})
 
 
 def split_name(prompts: PromptSection, called: str | None) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from evals.curves import show_number, show_share
 from evals.metrics import METRICS
+from evals.parts import PART_OF, of_part
 from evals.ranking import Metric
 from evals.redact import public, shown_name
 from evals.results import Result
@@ -18,6 +19,15 @@ from objectives.needs import Needs
 
 REWARD_MODEL = "reward_model/"
 """What the names of a reward model's metrics begin with."""
+OF_PARTS = (
+    *("ranking/accuracy", "ranking/idealised", "ranking/gap"),
+    *("ranking/accuracy_per_token", "ranking/idealised_per_token", "ranking/gap_per_token"),
+    *("ranking/gain", "displacement/chosen"),
+)
+"""What tables of parts show where pairs were ranked; of other rows they show everything."""
+
+TIED = ("ranking/idealised", "ranking/gap")
+"""Beginnings of metrics of which ``n_dropped`` also counts pairs that raters tie, which could be scored."""
 
 HEADLINES = {
     "ranking/accuracy": ("Ranking accuracy", "gives the chosen response more probability than the rejected one"),
@@ -63,7 +73,7 @@ class Headline:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """Some of a reward model's held-out rows: a subset, a dataset, a strength of preference, an attribute."""
+    """Some of an evaluation's rows: a dataset, a group, a strength of preference, an attribute."""
 
     name: str
     cells: Mapping[str, Result]
@@ -73,6 +83,30 @@ class Part:
     def n(self) -> int:
         """Pairs or ratings among them."""
         return max(result.n for result in self.cells.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartTable:
+    """Parts of the rows of one evaluation, a line each."""
+
+    where: str
+    """Dataset and split of all the rows; empty where there is one table only."""
+    metrics: Sequence[str]
+    """What is shown of each; ``results.json`` has everything."""
+    parts: Sequence[Part]
+
+    @property
+    def assumed(self) -> str:
+        """What idealised accuracies take for granted; empty where raters' shares are the data's own."""
+        cells = [part.cells[metric] for part in self.parts for metric in self.metrics if metric in part.cells]
+        shares = dict.fromkeys(cell.extra["simulated_alpha"] for cell in cells if "simulated_alpha" in cell.extra)
+        told = " or ".join(f"{share:g}" for share in shares)
+        return f"Shares of raters are not known; {told} is assumed for every pair." if told else ""
+
+    @property
+    def shown(self) -> int:
+        """Results in the table."""
+        return sum(metric in part.cells for part in self.parts for metric in self.metrics)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,47 +167,40 @@ def is_reward_model(run: RunFiles) -> bool:
     return any(name in OBJECTIVES and _needs(OBJECTIVES[name]).values for name in run.objectives)
 
 
-def whole(run: RunFiles) -> list[Result]:
-    """Of a reward model, the results over all held-out rows; the others are in ``parts``."""
-    results = [r for r in (run.results.results if run.results else ()) if r.metric.startswith(REWARD_MODEL)]
-    return [r for r in results if (r.dataset, r.split) == (results[0].dataset, results[0].split)]
+def tables(run: RunFiles) -> list[PartTable]:
+    """The latest results on parts of the rows, a table for each evaluation that has any, in the order of results."""
+    found: dict[tuple[str, str], list[Result]] = {}
+    for result in run.results.results if run.results else ():
+        if of_part(result):
+            dataset, split = result.extra[PART_OF]
+            found.setdefault((dataset, split), []).append(result)
+    return [_table(dataset, split, members, len(found) > 1) for (dataset, split), members in found.items()]
 
 
-def of_part(result: Result, together: Sequence[Result]) -> bool:
-    """Whether a reward model's result is not over all held-out rows.
-
-    Args:
-        result: any result.
-        together: what ``whole`` gave.
-    """
-    if not together or not result.metric.startswith(REWARD_MODEL):
-        return False
-    return (result.dataset, result.split) != (together[0].dataset, together[0].split)
-
-
-def parts(run: RunFiles) -> list[Part]:
-    """Of a reward model, the latest results on parts of the held-out rows, in the order of the results."""
-    together = whole(run)
-    if not together:
-        return []
-    assert run.results is not None
-    of_all, step = together[0], max(result.step for result in together)
-    found: dict[tuple[str, str], dict[str, Result]] = {}
-    for result in run.results.results:
-        if result.step == step and of_part(result, together):
-            found.setdefault((result.dataset, result.split), {})[result.metric] = result
-    return [
-        Part(
-            name=public(split.removeprefix(f"{of_all.split}, ")) if dataset == of_all.dataset else shown_name(dataset),
-            cells=cells,
-        )
-        for (dataset, split), cells in found.items()
-    ]
+def _table(dataset: str, split: str, members: Sequence[Result], several: bool) -> PartTable:
+    step = max(result.step for result in members)
+    cells: dict[tuple[str, str], dict[str, Result]] = {}
+    for result in members:
+        if result.step == step:
+            cells.setdefault((result.dataset, result.split), {})[result.metric] = result
+    measured = list(dict.fromkeys(metric for own in cells.values() for metric in own))
+    return PartTable(
+        where=f"{shown_name(dataset)}, {public(split)}" if several else "",
+        metrics=[metric for metric in OF_PARTS if metric in measured] or measured,
+        parts=[
+            Part(
+                name=public(own.removeprefix(f"{split}, ")) if where == dataset else shown_name(where),
+                cells=by_metric,
+            )
+            for (where, own), by_metric in cells.items()
+        ],
+    )
 
 
 def calibration(run: RunFiles) -> Calibration | None:
     """Of a reward model's latest evaluation, over all pairs; None where there is none."""
-    latest = {result.metric: result for result in sorted(whole(run), key=lambda result: result.step)}
+    whole = [r for r in (run.results.results if run.results else ()) if not of_part(r)]
+    latest = {result.metric: result for result in sorted(whole, key=lambda result: result.step)}
     error = latest.get("reward_model/ece")
     if error is None or not error.extra.get("bins"):
         return None
@@ -276,7 +303,8 @@ def _number_notes(run: RunFiles) -> list[Note]:
     left_out = [r.extra.get("groups_left_out", 0) for r in (run.results.results if run.results else ())]
     if any(left_out):
         found.append(Note("remark", f"{max(left_out)} smaller groups of held-out rows are not reported apart."))
-    dropped = [r.extra.get("n_dropped", 0) for r in (run.results.results if run.results else ())]
+    scored = [r for r in (run.results.results if run.results else ()) if not r.metric.startswith(TIED)]
+    dropped = [r.extra.get("n_dropped", 0) for r in scored]
     if any(dropped):
         found.append(
             Note(

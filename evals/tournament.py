@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from align.errors import RunError
 from align.prompt_settings import PromptSection
 from align.samples import Group, Sample
+from align.sampling import Sampling
 from evals import sampled, verdicts
 from evals.evaluation import Found
 from evals.measured import Measured
@@ -33,6 +34,7 @@ class Tournament:
 
     Args:
         keys: of the evaluation.
+        how: answers were drawn.
         context: of the evaluation.
         prompts: that were asked.
         groups: the model's answers.
@@ -42,6 +44,7 @@ class Tournament:
     def __init__(
         self,
         keys: WinRate,
+        how: Sampling,
         context: Context,
         prompts: PromptSection,
         groups: Sequence[Group],
@@ -49,7 +52,7 @@ class Tournament:
     ) -> None:
         self.keys, self.context, self.groups, self.others = keys, context, groups, others
         self.dataset, self.split = prompts.dataset_name, sampled.split_name(prompts, keys.split_name)
-        self.conditions = sampled.conditions(context, keys.sampling, groups)
+        self.conditions = sampled.conditions(context, how, groups)
         self.results: list[Result] = []
         self.scores: list[Scores] = []
         self.warnings = [line for each in others for line in each.warnings]

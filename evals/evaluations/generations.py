@@ -19,6 +19,7 @@ from evals import opponents, sampled
 from evals.evaluation import EVALS, EvalNeeds, Found
 from evals.generation_measures import measure
 from evals.opponents import Baseline
+from evals.redact import shown_name
 from objectives.checks import require
 
 if TYPE_CHECKING:
@@ -42,8 +43,8 @@ class Generations:
     section. Default: those of the pairs."""
     split_name: str | None = None
     """What results call the prompts. Default: the split."""
-    sampling: Sampling = field(default_factory=Sampling)
-    """How answers are drawn: n, temperature, top_p, top_k, min_p, max_tokens, stop, seed."""
+    sampling: sampled.EvalSampling = field(default_factory=sampled.EvalSampling)
+    """How answers are drawn: n, temperature, top_p, top_k, min_p, max_tokens, stop, seed (else out.seed)."""
     during: int = 8
     """In a training run, this many of the prompts, the first, are also sampled at every evaluation on the way; 0: none.
     With plain transformers on the first process, so few short answers cost least."""
@@ -133,6 +134,34 @@ def _no_scores(_: Sample) -> dict[str, float]:
 
 
 # ---- during training ----
+
+
+def names_on_the_way(job: Job) -> dict[int, str]:
+    """What logs call the prompts of each evaluation that also samples during training, by its place in the list.
+
+    Their split, or dataset and split where two splits are called alike.
+
+    Raises:
+        RecipeError: two have the same name.
+    """
+    asked: dict[int, tuple[str, str]] = {}
+    for number, entry in enumerate(job.evals):
+        built = entry.built
+        if isinstance(built, Generations) and built.during:
+            prompts = sampled.prompts_of(built.prompts, job, "generations")
+            asked[number] = shown_name(prompts.dataset_name), sampled.split_name(prompts, built.split_name)
+    splits = [split for _, split in asked.values()]
+    short = len(set(splits)) == len(splits)
+    names = {number: split if short else f"{dataset}, {split}" for number, (dataset, split) in asked.items()}
+    first: dict[str, int] = {}
+    for number, name in names.items():
+        if name in first:
+            raise RecipeError(
+                f"evals.{first[name]} and evals.{number} (generations) would log numbers of both as {name!r} during "
+                "training; give one of them a split_name, or during: 0"
+            )
+        first[name] = number
+    return names
 
 
 def sample_during(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,7 +14,9 @@ from evals.evaluation import EVALS, EvalNeeds, Found
 from objectives.checks import require
 
 if TYPE_CHECKING:
-    from evals.context import Context
+    from evals.context import Context, PairTable
+    from evals.ranking import Pairs
+    from evals.results import Result
     from evals.run_settings import Job
 
 BETAS = (0.01, 0.1, 1.0, 5.0, 10.0)
@@ -48,39 +51,61 @@ class Ranking:
         """Nothing that settings tell."""
 
     def __call__(self, context: Context) -> Found:
-        """See ``evals.ranking`` and ``evals.idealised``."""
-        from evals.idealised import alignment_gap
+        """See ``evals.ranking`` and ``evals.idealised``; all pairs, then each dataset and group of rows."""
+        from evals.parts import marked, parts_of
         from evals.ranking import rank
         from evals.scores import Scores
 
         table = context.pairs
         _refuse_reward_model(context, "ranking")
-        pairs = pairs_of(table)
-        found = rank(pairs)
         where: dict[str, Any] = {"dataset": table.dataset, "split": table.name, "step": context.step}
-        extra = {**_conditions(context), "n_dropped": found.n_dropped}
-        results = [replace(each, extra={**each.extra, **extra}) for each in found.results(**where)]
-        if pairs.ref_chosen is not None and pairs.ref_rejected is not None:
-            alpha = table["column/rater_share"] if self.alpha == "data" else self.alpha
-            assert not isinstance(alpha, str)
-            for lengths in ({}, {"length_chosen": pairs.length_chosen, "length_rejected": pairs.length_rejected}):
-                measured = alignment_gap(
-                    pairs.policy_chosen,
-                    pairs.policy_rejected,
-                    pairs.ref_chosen,
-                    pairs.ref_rejected,
-                    alpha,
-                    betas=self.betas,
-                    prompts=table.prompts,
-                    **lengths,
-                )
-                more = extra | ({} if self.alpha == "data" else {"simulated_alpha": self.alpha})
-                results += measured.results(**where, extra=more)
+        everything, conditions = np.ones(len(table), dtype=bool), _conditions(context)
+        parts, left_out = parts_of(table.split, range(len(table)), table.dataset, table.name)
+        whole = rank(pairs_of(table))
+        results = [
+            *_under(conditions, whole.results(**where)),
+            *_under(conditions, self._idealised(table, everything, where)),
+        ]
+        if left_out:
+            results[0] = replace(results[0], extra={**results[0].extra, "groups_left_out": left_out})
+        for part in parts:
+            if not pairs_of(table, part.members).usable().any():
+                continue
+            own = {**where, "dataset": part.dataset, "split": part.split}
+            found = rank(pairs_of(table, part.members)).results(**own)
+            with contextlib.suppress(ValueError):  # raters tie all pairs of the part, which then has no ideal
+                found += self._idealised(table, part.members, own)
+            results += marked(_under(conditions, found), table.dataset, table.name)
         scores = [
             Scores(metric=name, **where, by_prompt={str(prompt): score for prompt, score in by.items()})
-            for name, by in found.by_prompt.items()
+            for name, by in whole.by_prompt.items()
         ]
-        return Found(results=[*results, *_by_source(table, where)], scores=scores)
+        return Found(results=results, scores=scores)
+
+    def _idealised(self, table: PairTable, members: np.ndarray, where: Mapping[str, Any]) -> list[Result]:
+        """Accuracy of the optimum on some of the pairs, and the gap to it; nothing without a reference."""
+        from evals.idealised import alignment_gap
+
+        pairs = pairs_of(table, members)
+        if pairs.ref_chosen is None or pairs.ref_rejected is None:
+            return []
+        alpha = table["column/rater_share"][members] if self.alpha == "data" else self.alpha
+        assert not isinstance(alpha, str)
+        simulated = {} if self.alpha == "data" else {"simulated_alpha": self.alpha}
+        found: list[Result] = []
+        for lengths in ({}, {"length_chosen": pairs.length_chosen, "length_rejected": pairs.length_rejected}):
+            measured = alignment_gap(
+                pairs.policy_chosen,
+                pairs.policy_rejected,
+                pairs.ref_chosen,
+                pairs.ref_rejected,
+                alpha,
+                betas=self.betas,
+                prompts=pairs.prompts,
+                **lengths,
+            )
+            found += measured.results(**where, extra=simulated)
+        return found
 
 
 @EVALS.register("ches")
@@ -150,6 +175,7 @@ class RewardModel:
         """See ``evals.reward_model``."""
         from align.value_head import output_names
         from evals import reward_model
+        from evals.parts import marked, parts_of
         from evals.scores import Scores
         from objectives.stats import beats
 
@@ -163,18 +189,26 @@ class RewardModel:
                 by_row[f"value_{leg}/{name}"] = table[f"policy/value/{leg}/{number}"]
         where: dict[str, Any] = {"dataset": table.dataset, "split": table.name, "step": context.step}
         results = reward_model.measure(by_row, table.prompts, **where)
+        parts, left_out = parts_of(table.split, range(len(table)), table.dataset, table.name)
+        if left_out:
+            results[0] = replace(results[0], extra={**results[0].extra, "groups_left_out": left_out})
+        apart: list[Result] = []
+        for part in parts:
+            own = {key: values[part.members] for key, values in by_row.items()}
+            prompts = [prompt for prompt, member in zip(table.prompts, part.members, strict=True) if member]
+            named = {**where, "dataset": part.dataset, "split": part.split}
+            apart += reward_model.measure(own, prompts, **named, part=True)
+        apart += reward_model.apart(by_row, table.prompts, **where)
+        results += marked(apart, table.dataset, table.name)
+        right = beats(table["policy/value/chosen/0"], table["policy/value/rejected/0"])
         groups = np.array(list(table.split.groups) if len(table.split.groups) else [""] * len(table))
-        for group in [each for each in dict.fromkeys(groups.tolist()) if each]:
-            members = groups == group
-            own = {key: values[members] for key, values in by_row.items()}
-            prompts = [prompt for prompt, member in zip(table.prompts, members, strict=True) if member]
-            results += reward_model.measure(own, prompts, **{**where, "split": f"{table.name}, {group}"}, part=True)
-        results += reward_model.apart(by_row, table.prompts, **where)
-        first = f"policy/value/{{}}/{0}"
-        right = beats(table[first.format("chosen")], table[first.format("rejected")])
         results += _reward_bench(right, groups, where)
         scores = Scores(metric="reward_model/accuracy", **where, by_prompt=_by_prompt(right, table.prompts))
         return Found(results=results, scores=[scores])
+
+
+def _under(conditions: Mapping[str, Any], results: Sequence[Result]) -> list[Result]:
+    return [replace(each, extra={**conditions, **each.extra}) for each in results]
 
 
 def _conditions(context: Context) -> dict[str, Any]:
@@ -189,11 +223,11 @@ def _conditions(context: Context) -> dict[str, Any]:
     }
 
 
-def pairs_of(table: Any, rows: np.ndarray | None = None) -> Any:
+def pairs_of(table: PairTable, rows: np.ndarray | None = None) -> Pairs:
     """The pairs of a table as ``evals.ranking.rank`` takes them.
 
     Args:
-        table: a ``PairTable``.
+        table: scored pairs.
         rows: mask of those wanted; None for all.
     """
     from evals.ranking import Pairs
@@ -228,23 +262,6 @@ def _reward_bench(right: np.ndarray, groups: np.ndarray, where: Mapping[str, Any
         if name in known
     }
     return reward_bench(subsets).results(**where) if subsets else []
-
-
-def _by_source(table: Any, where: Mapping[str, Any]) -> list[Any]:
-    """Ranking of each dataset and of each group of rows, where there are several."""
-    from evals.ranking import rank
-
-    results: list[Any] = []
-    sources = np.array([table.split.where[row][0] for row in range(len(table))])
-    groups = np.array(list(table.split.groups) if len(table.split.groups) else [""] * len(table))
-    for values, is_source in ((sources, True), (groups, False)):
-        names = list(dict.fromkeys(values.tolist()))
-        for name in names if len(names) > 1 else ():
-            own = {"dataset": name} if is_source else {"split": f"{table.name}, {name or 'other'}"}
-            pairs = pairs_of(table, values == name)
-            if pairs.usable().any():
-                results += rank(pairs).results(**{**where, **own})
-    return results
 
 
 def _by_prompt(values: np.ndarray, prompts: list[str]) -> dict[str, float]:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from align.errors import RunError
 from align.prompt_settings import PromptSection
 from align.samples import Group, Sample
-from align.sampling import Sampling
 from align.score_lines import SampleScore
 from evals import passing, sampled
 from evals.evaluation import EVALS, EvalNeeds, Found
@@ -41,8 +40,8 @@ class PassAtK:
     align.sample's data section. Default: those of the pairs."""
     split_name: str | None = None
     """What results call the prompts. Default: the split."""
-    sampling: Sampling = field(default_factory=lambda: Sampling(n=16))
-    """How answers are drawn: n, temperature, top_p, top_k, min_p, max_tokens, stop, seed."""
+    sampling: sampled.EvalSampling = field(default_factory=lambda: sampled.EvalSampling(n=16))
+    """How answers are drawn: n, temperature, top_p, top_k, min_p, max_tokens, stop, seed (else out.seed)."""
     ks: tuple[int, ...] | None = None
     """Numbers of answers, increasing, at most sampling.n. Default: 1, 2, 4, … and n."""
     strategies: sampled.Named = field(default_factory=list)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from align.errors import RecipeError
 from align.prompt_settings import PromptSection
-from align.sampling import Sampling
 from evals import opponents, sampled
 from evals.evaluation import EVALS, EvalNeeds, Found
 from evals.sampled import is_pairwise
@@ -40,8 +39,8 @@ class WinRate:
     section. Default: those of the pairs."""
     split_name: str | None = None
     """What results call the prompts. Default: the split."""
-    sampling: Sampling = field(default_factory=Sampling)
-    """How answers are drawn: n, temperature, top_p, top_k, min_p, max_tokens, stop, seed."""
+    sampling: sampled.EvalSampling = field(default_factory=sampled.EvalSampling)
+    """How answers are drawn: n, temperature, top_p, top_k, min_p, max_tokens, stop, seed (else out.seed)."""
     kinds: tuple[Literal["raw", "length_controlled", "wildbench", "arena"], ...] = ("raw", "length_controlled")
     """raw: always. length_controlled: were all answers as long as the baseline's. wildbench: WB-Reward, of a pairwise
     judge (WB-Score of a pointwise one). arena: Arena-Hard's score of a pairwise judge, and Bradley-Terry strengths."""
@@ -117,7 +116,7 @@ class WinRate:
             if len(set(names)) < len(names):
                 raise RecipeError(f"baseline: two models are called alike ({', '.join(names)}); give each a name")
             context.free()  # a judge may be a large model on the same device
-            return Tournament(replace(self, sampling=how), context, prompts, groups, others).found(referees)
+            return Tournament(self, how, context, prompts, groups, others).found(referees)
 
     def _tau(self, entry: Any) -> float | None:
         return None if is_pairwise(entry) else self.tau

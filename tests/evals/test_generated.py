@@ -17,9 +17,11 @@ from align.errors import RecipeError, RunError
 from align.prompts import PromptSection, read_prompts
 from align.sampling import Sampling
 from data.worlds import POLICY, gold_score, problem_of
+from evals import sampled
 from evals.compare import compare, read_run
 from evals.evaluations.generations import measured_of, sample_during
 from evals.length_control import length_controlled
+from evals.run_settings import read_job
 from evals.scores import read_scores
 from evals.win_rate import win_rate_of_scores
 from objectives.stats import beats
@@ -299,6 +301,24 @@ def test_settings_that_can_t_work_are_refused_before_anything_is_drawn(
         world.evaluate(tmp_path, {**win_rate("gold"), **keys}, drawn=False)
     assert says in str(error.value)
     assert not (tmp_path / "samples").exists()
+
+
+@pytest.mark.parametrize("evaluation", ["generations", "win_rate", "pass_at_k"])
+@pytest.mark.parametrize(("written", "drawn_with"), [({}, 7), ({"seed": 0}, 0), ({"seed": 5}, 5), ({"seed": None}, 7)])
+def test_a_seed_that_is_written_is_the_seed(tmp_path: Path, evaluation: str, written: dict[str, Any], drawn_with: int):
+    """Also 0, which once was taken for no seed at all; without one it is that of the whole evaluation."""
+    needed = {"win_rate": {"baseline": "reference", "judge": "gold"}, "pass_at_k": {"verifier": "world_answer"}}
+    entry = {"name": evaluation, "sampling": written, **needed.get(evaluation, {})}
+    recipe = {
+        "model": {"model_name_or_path": str(POLICY)},
+        "reference": {"model": str(POLICY)},
+        "evals": [{**entry, "prompts": {"dataset_name": "prompts.jsonl"}}],
+        "out": {"output_dir": str(tmp_path), "seed": 7},
+    }
+    (tmp_path / "eval.yaml").write_text(json.dumps(recipe))
+    job = read_job(str(tmp_path / "eval.yaml"), [])
+    (built,) = (each.built for each in job.evals)
+    assert sampled.seeded(built.sampling, job).seed == drawn_with
 
 
 def test_a_baseline_that_is_not_there(world: World, tmp_path: Path):

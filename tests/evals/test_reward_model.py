@@ -23,8 +23,9 @@ from data.preparation import Split
 from data.store import Ragged, TokenTable
 from evals.bootstrap import DRAWS, bootstrapped
 from evals.card import CardInfo, write_card
-from evals.held_out import MOST_GROUPS, HeldOut
+from evals.held_out import HeldOut
 from evals.metrics import METRICS
+from evals.parts import MOST_GROUPS
 from evals.report import write_report
 from evals.results import Result, Results
 from evals.reward_model import (
@@ -560,7 +561,7 @@ def test_the_report_of_a_reward_model(tmp_path: Path):
         "Held-out accuracy",
         "Held-out calibration error",
         "Score of the chosen response minus that of the rejected one.",
-        "Parts of the held-out rows",
+        "Parts of the rows",
         "strength 2",
         "acme/b",
         "Right, by confidence",

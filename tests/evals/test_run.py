@@ -155,6 +155,69 @@ def test_raters_shares_come_from_a_column(folder: Path, capsys: pytest.CaptureFi
     assert "rater_share" in capsys.readouterr().err
 
 
+def test_groups_have_an_ideal_of_their_own_and_one_line_each(folder: Path):
+    """Each group's numbers are those of its rows alone; groups don't multiply tables, drawings and sentences."""
+    save_model(folder / "other", seed=3)
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    groups = ["easy" if i % 3 else "hard" for i in range(len(rows))]
+    grouped = write_rows(folder / "grouped.jsonl", [r | {"group": g} for r, g in zip(rows, groups, strict=True)])
+    alone = write_rows(folder / "alone.jsonl", [r for r, g in zip(rows, groups, strict=True) if g == "hard"])
+    words = [f"--reference.model={folder / 'other'}", "--evals={name: ranking, betas: [0.1, 1.0], alpha: 0.9}"]
+    out = evaluate(folder, f"--data.dataset_name={grouped}", *words)
+    of_all, of_hard, of_easy = (values(out, split=split) for split in ("all", "all, hard", "all, easy"))
+    by_themselves = values(evaluate(folder, f"--data.dataset_name={alone}", *words, output="b"), split="all")
+    ideal = [f"ranking/{name}{per}" for name in ("idealised", "gap") for per in ("", "_per_token")]
+    assert {(name, 0) for name in ideal} <= of_all.keys() == of_hard.keys() == of_easy.keys()
+    for key, result in of_hard.items():
+        assert (result.value, result.n) == (pytest.approx(by_themselves[key].value, rel=1e-4, abs=1e-6), 16), key
+        assert result.low == (None if result.low is None else pytest.approx(by_themselves[key].low, rel=1e-3, abs=1e-6))
+        assert result.extra["part_of"] == [str(grouped), "all"]
+        assert result.extra["template"] == of_all[key].extra["template"]
+    assert of_hard["ranking/gap", 0].extra["simulated_alpha"] == 0.9
+    assert of_hard["ranking/gap", 0].extra["betas"] == [0.1, 1.0]
+    page = (out / "report.html").read_text()
+    assert page.count("<code>ranking/gap</code>") == 1, "parts have a table of their own"
+    assert page.count('aria-label="Ranking accuracy of the policy') == 2, "and no drawings"
+    line = next(line for line in page.splitlines() if '<th scope="row">hard</th>' in line)
+    assert "16" in line
+    assert page.count("0.9 is assumed for every pair") == 3, "in two drawings, and of the parts"
+
+
+def test_the_card_has_a_line_for_each_group_and_limits_of_all_rows(folder: Path):
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    groups = ["easy" if i % 3 else "hard" for i in range(len(rows))]
+    write_rows(folder / "pairs.jsonl", [r | {"group": g} for r, g in zip(rows, groups, strict=True)])
+    assert (
+        train(command(folder, "run", "--evals=ranking", "--eval_share=0.5", save_strategy="no", save_steps=None)) == 0
+    )
+    card, found = (folder / "run" / "README.md").read_text(), values(folder / "run", split="held out")
+    step = max(step for _, step in found)
+    assert card.count("| ranking/gap |") == 1 + 1, "a row over all pairs, and the head of the table of parts"
+    (line,) = [line for line in card.splitlines() if line.startswith("| hard |")]
+    gap = values(folder / "run", split="held out, hard")["ranking/gap", step]
+    assert f"{100 * gap.value:.1f}".replace("-", "−").removesuffix(".0") in line
+    if found["ranking/gap", step].value > 0:
+        assert f"{100 * found['ranking/gap', step].value:.3g} points" in card, "the limit is that of all rows"
+    assert "95 % intervals. Shares of raters are not known; 0.75 is assumed for every pair.\n\n| part | n |" in card
+    assert "2 of 2 parts of the rows have fewer than 30 prompts" in card
+    assert "of split held out, hard" not in card
+
+
+def test_a_group_that_raters_tie_has_no_ideal(folder: Path):
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    tied = [row | {"group": "ab"[i % 2], "rater_share": (0.5, 0.75)[i % 2]} for i, row in enumerate(rows)]
+    rated = write_rows(folder / "rated.jsonl", tied)
+    words = [f"--reference.model={folder / 'model'}", "--evals={name: ranking, alpha: data}"]
+    out = evaluate(folder, f"--data.dataset_name={rated}", *words)
+    assert "ranking/accuracy" in {metric for metric, _ in values(out, split="all, a")}
+    assert "ranking/idealised" not in {metric for metric, _ in values(out, split="all, a")}
+    of_b = values(out, split="all, b")["ranking/idealised", 0]
+    assert (of_b.n, of_b.extra["n_dropped"]) == (24, 0)
+    assert "simulated_alpha" not in of_b.extra
+    assert values(out, split="all")["ranking/idealised", 0].extra["n_dropped"] == 24
+    assert "could not be scored" not in (out / "report.html").read_text(), "a tie of raters is no fault of a row"
+
+
 def test_what_fails_costs_no_other_result(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     from evals.evaluations.pairs import Ches
 
@@ -245,6 +308,42 @@ def test_samples_on_the_way_change_nothing_but_what_is_told(folder: Path):
     for each in answers:
         if each.step == 10:
             assert each.text == end[each.prompt_id], "the saved weights answer as the live ones did"
+
+
+def test_two_sets_of_prompts_on_the_way_have_keys_of_their_own(folder: Path, capsys: pytest.CaptureFixture):
+    """Both used to log eval/generations/tokens, so that a line had the numbers of the second set alone."""
+    keys: dict[str, Any] = {"save_strategy": "no", "save_steps": None, "eval_strategy": "steps", "eval_steps": 5}
+    (folder / "more.jsonl").write_text((folder / "pairs.jsonl").read_text())
+
+    def both(first: str = "", second: str = "", file: str = "more.jsonl") -> list[str]:
+        def of(name: str, tokens: int, more: str) -> str:
+            prompts = f"{{dataset_name: {folder / name}, max_rows: 4}}"
+            return f"{{name: generations, during: 3, prompts: {prompts}, sampling: {{max_tokens: {tokens}}}{more}}}"
+
+        evals = f"--evals=[{of('pairs.jsonl', 8, first)}, {of(file, 2, second)}]"
+        return [evals, "--serving.engine=transformers"]
+
+    def logged(run: str, metric: str) -> dict[str, list[float]]:
+        found: dict[str, list[float]] = {}
+        for line in lines(folder / run):
+            for key in (key for key in line if key.startswith(f"eval/generations/{metric}")):
+                found.setdefault(key.removeprefix(f"eval/generations/{metric}"), []).append(line[key])
+        return found
+
+    named = both(", split_name: long", ", split_name: brief", file="pairs.jsonl")
+    assert train(command(folder, "named", *named, **keys)) == 0
+    tokens = logged("named", "tokens")
+    means = {" (long, first 3)", " (brief, first 3)"}
+    assert tokens.keys() - means == {f"_{end}{name}" for end in ("low", "high") for name in means} & tokens.keys()
+    assert [len(tokens[name]) for name in means] == [3, 3], "before, on the way and at the end"
+    assert all(8 >= a > 2 >= b for a, b in zip(*(tokens[f" ({n}, first 3)"] for n in ("long", "brief")), strict=True))
+    assert train(command(folder, "files", *both(), **keys)) == 0
+    assert {" (pairs.jsonl, all, first 3)", " (more.jsonl, all, first 3)"} <= logged("files", "tokens").keys()
+    (folder / "other").mkdir()
+    (folder / "other" / "pairs.jsonl").write_text((folder / "pairs.jsonl").read_text())
+    assert train(command(folder, "alike", *both(file="other/pairs.jsonl"), **keys)) == 2
+    assert "give one of them a split_name" in capsys.readouterr().err
+    assert not (folder / "alike").exists(), "refused before anything is trained"
 
 
 def test_during_is_for_training(folder: Path, capsys: pytest.CaptureFixture):
