@@ -36,6 +36,11 @@ def _what_lives_long_is_not_looked_at() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """What is left frozen would be told as leaked at the end of the process, by libraries that count."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _same_seeds() -> None:
     random.seed(0)
