@@ -29,6 +29,7 @@ class StandIns:
         monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
         monkeypatch.setenv("ALIGN_CACHE", str(folder / "cache"))
         monkeypatch.setattr("tempfile.tempdir", str(folder / "logs"))
+        monkeypatch.setenv("TMPDIR", str(folder / "logs"))  # of other processes
         monkeypatch.setattr(completions, "FIRST_WAIT", 0.01)
         monkeypatch.setattr(local_server, "PROGRAM", (sys.executable, "-m", "tests.align.stand_in_server"))
         monkeypatch.setattr(local_server, "installed", lambda: "0.30.0")

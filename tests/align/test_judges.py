@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -415,6 +416,25 @@ def test_an_endpoint_that_is_down_stops_and_what_was_judged_is_kept():
         )
         assert None not in scores(judged(judge, asked))
         assert len(server.bodies) == 9, "a! and b had met"
+
+
+def test_ctrl_c_ends_what_waits_for_a_busy_endpoint(monkeypatch: pytest.MonkeyPatch):
+    """Threads that wait a minute would keep the process, and what it has started, for as long."""
+    monkeypatch.setattr(completions, "FIRST_WAIT", 60.0)
+    main = threading.main_thread().ident or 0
+    interrupt = threading.Timer(0.5, lambda: signal.pthread_kill(main, signal.SIGINT))
+    with JudgeServer(faults=(500,) * 12) as server:
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            judged(Judge(model="j", base_url=server.base_url), chat("?", ["a!", "b", "c", "d"]))
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and (waiting := _pool()):
+        time.sleep(0.05)
+    assert waiting == []
+
+
+def _pool() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
 
 
 def test_nobody_at_the_address():

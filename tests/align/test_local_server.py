@@ -289,6 +289,18 @@ def test_what_this_machine_lacks_is_told_before_anything_is_done(model: str, mon
         judge(model).check()
 
 
+def test_of_the_hub_is_served_what_replies_are_kept_for(monkeypatch: pytest.MonkeyPatch):
+    commits = {"main": "a" * 40, "v1": "b" * 40}
+    for module in ("fingerprints", "local_server"):
+        monkeypatch.setattr(f"align.{module}.commit_of", lambda name, revision: commits[revision])
+    main, old = Served(model="alice/judge"), Served(model="alice/judge", revision="v1")
+    assert f"--revision={'b' * 40}" in old.words()
+    assert main.identity() != old.identity()
+    before = main.identity()
+    commits["main"] = "c" * 40
+    assert main.identity() != before
+
+
 def test_arguments_as_the_command_line_has_them():
     arguments = {
         "tensor-parallel-size": 2,
