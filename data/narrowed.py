@@ -21,7 +21,8 @@ from data.tokens import Dropped
 def narrowed(prepared: Prepared, gone: Mapping[int, str], spec: DataSpec) -> Prepared:
     """Without training rows, each of which is counted among the dropped; evaluation rows stay.
 
-    What the report says of cut tokens, templates and terminators remains that of all rows that were prepared.
+    What the report says of cut tokens, templates and terminators remains that of all rows that were prepared. Its
+    ``narrowed`` has the numbers of the rows that left, from which what was trained on can be told without a model.
 
     Args:
         prepared: tables and report.
@@ -56,6 +57,7 @@ def _report(prepared: Prepared, train: Split, gone: Mapping[int, str]) -> dict[s
         "rows": {**rows, "kept": rows["kept"] - number, "train": rows["train"] - number},
         "dropped": dict((Counter(old["dropped"]) + Counter(gone.values())).most_common()),
         "dropped_rows": [*old["dropped_rows"], *(asdict(each) for each in dropped)],
+        "narrowed": sorted(gone),
         "dropped_share": round(1 - (1 - old["dropped_share"]) * (1 - number / rows["kept"]), 12),
         "tokens": dict(tokens),
         "dataset_hash": digest([table.fingerprint() for table in tables]),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 
@@ -53,6 +54,39 @@ class Layout:
         return ends
 
 
+def steps_of(rows: int, rows_per_step: int, epoch: int, seed: int | None) -> Iterator[np.ndarray]:
+    """Row numbers of each optimizer step of an epoch, (row,): lengths, budget and processes have no say in them.
+
+    Args:
+        rows: how many there are.
+        rows_per_step: of a step; the last one may hold fewer.
+        epoch: from 0.
+        seed: of the run; None keeps the order of the rows.
+    """
+    order = np.arange(rows)
+    if seed is not None:
+        order = np.random.default_rng([seed, epoch]).permutation(order)
+    return (order[start : start + rows_per_step] for start in range(0, rows, rows_per_step))
+
+
+def times_trained(rows: int, rows_per_step: int, steps: int, seed: int) -> np.ndarray:
+    """How often each row has been trained on after so many optimizer steps, int64, (row,).
+
+    Args:
+        rows: that a run trains on.
+        rows_per_step: of the run.
+        steps: it has taken.
+        seed: of the run.
+    """
+    found, epoch = np.zeros(rows, dtype=np.int64), 0
+    while rows and steps > 0:
+        for step in islice(steps_of(rows, rows_per_step, epoch, seed), steps):
+            found[step] += 1
+            steps -= 1
+        epoch += 1
+    return found
+
+
 @dataclass(frozen=True)
 class Plan:
     """Rows of every epoch, step, microbatch and rank."""
@@ -93,11 +127,8 @@ class Plan:
 
     def _steps(self, epoch: int) -> Iterator[np.ndarray]:
         """Row numbers of each step, by ascending length."""
-        order = np.arange(len(self.lengths))
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, epoch]).permutation(order)
-        for start in range(0, len(order), self.rows_per_step):
-            rows = order[start : start + self.rows_per_step]
+        seed = self.seed if self.shuffle else None
+        for rows in steps_of(len(self.lengths), self.rows_per_step, epoch, seed):
             yield rows[np.argsort(self.lengths[rows], kind="stable")]
 
     def epoch(self, number: int) -> list[list[list[np.ndarray]]]:

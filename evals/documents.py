@@ -5,8 +5,9 @@ A text is one token that is given, and the rest; a row is its prompt, and the re
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,9 @@ from align.errors import RunError
 from data.arranging import renamed
 from data.errors import DataError
 from data.formats import recognise, to_row
-from data.preparation import DataSpec, Split, prepare
+from data.narrowed import narrowed
+from data.plan import times_trained
+from data.preparation import DataSpec, Prepared, Split, prepare
 from data.reading import read
 from data.sources import HEAD, Source
 from data.store import Ragged, TokenTable, digest
@@ -28,8 +31,11 @@ from objectives.checks import require
 from objectives.rows import Row
 
 if TYPE_CHECKING:
+    from align.recipe import Recipe
     from evals.evaluations.memorisation import DocumentSection
 
+FILTERED, NOT_REACHED = "a filter with a model left it out", "the run's {steps} steps did not reach it"
+"""Why a row of the run's data was not trained on."""
 RESPONSES = ("gold", "chosen", "completion")
 """What is taken for the trained response where none is named, the first that rows have."""
 BATCH = 1000
@@ -47,6 +53,8 @@ class Documents:
     """The tokens that count."""
     dropped: int
     """Rows that can't be used: no text, no response, or too long for the model."""
+    apart: Mapping[str, int] = field(default_factory=dict)
+    """Of a run's rows, how many were not trained on, by reason."""
 
     def __len__(self) -> int:
         return len(self.trained)
@@ -109,11 +117,21 @@ def read_documents(section: DocumentSection, tokenizer: Any, max_length: int) ->
     return _of_rows(prepared.train, response, name, split, prepared.report)
 
 
-def trained_rows(run_dir: Path, tokenizer: Any, config: Any) -> tuple[Documents, Documents | None]:
-    """What a run was trained on, and what it held out.
+def trained_rows(run_dir: Path, tokenizer: Any, config: Any, steps: int) -> tuple[Documents, Documents | None]:
+    """What a run was trained on, and what it was not.
 
+    Trained on are the rows that its steps reached, of those that filters with a model left: both are what the run did,
+    by its data report and the plan's own order, and the rows' hash must be the run's. Not trained on are the rows it
+    held out; where it held out none, those that its steps did not reach and whose prompts they did not reach either,
+    which differ from the others by the draw of the order alone. None where there are neither.
+
+    Args:
+        run_dir: a run's.
+        tokenizer: of its model.
+        config: of its model.
+        steps: optimizer steps that it took.
     Raises:
-        RunError: its objective trains no response.
+        RunError: its objective trains no response, or its rows are not there any more.
     """
     from align.recipe import read_recipe
     from evals.run_directory import dataset_names, eval_name
@@ -125,9 +143,39 @@ def trained_rows(run_dir: Path, tokenizer: Any, config: Any) -> tuple[Documents,
     if response is None:
         raise RunError(f"{run_dir}: its rows have no response that was trained on; name documents in the evaluation")
     prepared = prepare(spec, tokenizer)
-    trained = _of_rows(prepared.train, response, dataset_names(recipe), "trained on", prepared.report)
-    held = None if prepared.eval is None else _of_rows(prepared.eval, response, *eval_name(recipe), {})
-    return trained, held
+    dropped, read = prepared.report, len(prepared.train.table)
+    prepared = _as_trained(prepared, spec, recipe, run_dir)
+    train, name = prepared.train, dataset_names(recipe)
+    section = recipe.train
+    reached = times_trained(len(train.table), section.rows_per_step, steps, section.seed) > 0
+    told = {FILTERED: read - len(train.table), NOT_REACHED.format(steps=steps): int((~reached).sum())}
+    rows = train if reached.all() else train.take(np.flatnonzero(reached))
+    documents = _of_rows(rows, response, name, "trained on", dropped)
+    documents = replace(documents, apart={reason: number for reason, number in told.items() if number})
+    if prepared.eval is not None:
+        return documents, _of_rows(prepared.eval, response, *eval_name(recipe), {})
+    other = np.flatnonzero(~np.isin(train.prompts, train.prompts[reached]))
+    return documents, _of_rows(train.take(other), response, name, "not reached", {}) if len(other) else None
+
+
+def _as_trained(prepared: Prepared, spec: DataSpec, recipe: Recipe, run_dir: Path) -> Prepared:
+    """The rows that a run's plan was made of, by what its data report says of them."""
+    path = run_dir / "data_report.json"
+    way_out = "name what was trained on in documents"
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        gone, wanted = kept.get("narrowed", []), kept["dataset_hash"]
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise RunError(f"{path}, which says what the run was trained on, can't be read ({error}); {way_out}") from None
+    if not gone and any(entry.built.needs_model for entry in recipe.filters):
+        raise RunError(f"{path} does not say which rows filters with a model left out; {way_out}")
+    found = narrowed(prepared, dict.fromkeys(gone, FILTERED), spec)
+    if found.report["dataset_hash"] != wanted:
+        raise RunError(
+            f"the rows that {run_dir} would be trained on now are not those it was trained on (data_report.json has "
+            f"another hash): files, tokenizer or template have changed; restore them, or {way_out}"
+        )
+    return found
 
 
 def _texts_in(head: Sequence[Any], section: DocumentSection) -> str | None:

@@ -66,9 +66,10 @@ class Memorisation:
     """
 
     documents: DocumentSection | None = None
-    """What was trained on. Default, for a run: the rows that it was trained on."""
+    """What was trained on. Default, for a run: the rows that its steps reached, without those that filters left out."""
     control: DocumentSection | None = None
-    """Documents of the same kind that were never trained on. Default, for a run: the rows that it held out."""
+    """Documents of the same kind that were never trained on. Default, for a run: the rows that it held out, or, where
+    it held out none, those that its steps did not reach."""
     suffix_tokens: int = 50
     """Tokens at the end of a document that the model has to write by itself."""
     prefix_tokens: int | None = None
@@ -138,7 +139,12 @@ class Memorisation:
             "prefix_tokens": self.prefix_tokens,
             "suffix_tokens": self.suffix_tokens,
             "max_length": longest,
-            "documents": {"of": len(trained), "too_short": short_trained, "unusable": trained.dropped},
+            "documents": {
+                "of": len(trained),
+                "too_short": short_trained,
+                "unusable": trained.dropped,
+                **({"not_trained_on": dict(trained.apart)} if trained.apart else {}),
+            },
             "control": {
                 "dataset": control.name,
                 "split": control.split,
@@ -158,7 +164,10 @@ class Memorisation:
             *over_control(*found).results(**where, extra=extra),
             *membership(*scores).results(**where, extra=extra),
         ]
-        warnings = []
+        warnings = [
+            f"{number} of the run's training rows do not count as trained on: {reason}"
+            for reason, number in trained.apart.items()
+        ]
         if shared:
             warnings.append(f"{shared} control documents are in the training documents too, and were left out")
         if context.job.compared_with is None:
@@ -172,7 +181,7 @@ class Memorisation:
         run_dir = context.job.run_dir
         trained = control = None
         if run_dir is not None and (self.documents is None or self.control is None):
-            trained, control = trained_rows(run_dir, context.tokenizer, context.config)
+            trained, control = trained_rows(run_dir, context.tokenizer, context.config, context.step)
         if self.documents is not None:
             trained = read_documents(self.documents, context.tokenizer, longest)
         if self.control is not None:
@@ -180,8 +189,8 @@ class Memorisation:
         assert trained is not None
         if control is None:
             raise RunError(
-                f"{run_dir} held out no rows (data.eval_share 0), so there is no control; name documents "
-                "that were never trained on in control"
+                f"{run_dir} held out no rows (data.eval_share 0) and its steps reached all of the others, so there is "
+                "no control; name documents that were never trained on in control"
             )
         context.say(
             f"memorisation: {len(trained)} documents of {trained.name}, control {len(control)} of {control.name}"

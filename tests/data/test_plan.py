@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from data.errors import DataError
 from data.loader import PlannedBatches, step_counts
-from data.plan import Layout, Plan
+from data.plan import Layout, Plan, times_trained
 from tests.align.tiny import random_table
 
 PACK, BUCKET = Layout(kind="pack"), Layout(kind="bucket")
@@ -51,6 +51,19 @@ def positions(plan, rows):
     if not lengths:
         return 0
     return sum(lengths) if plan.layout == PACK else max(lengths) * len(lengths)
+
+
+@given(plan=plans(), steps=st.integers(0, 40))
+def test_what_was_trained_on_is_told_by_the_number_of_steps(plan: Plan, steps: int):
+    """Counted step by step in the plan that training follows, whatever its lengths, budget and processes."""
+    counted = np.zeros(len(plan.lengths), dtype=np.int64)
+    for done in range(steps):
+        epoch, step = divmod(done, plan.steps_per_epoch)
+        for rows in bins_of(plan.epoch(epoch)[step]):
+            counted[rows] += 1
+    found = times_trained(len(plan.lengths), plan.rows_per_step, steps, plan.seed)
+    assert found.tolist() == counted.tolist()
+    assert times_trained(0, 4, steps, 0).tolist() == []
 
 
 def realistic(rows, seed=0):
