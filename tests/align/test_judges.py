@@ -418,7 +418,15 @@ def test_an_endpoint_that_is_down_stops_and_what_was_judged_is_kept():
         assert len(server.bodies) == 9, "a! and b had met"
 
 
-def test_ctrl_c_ends_what_waits_for_a_busy_endpoint(monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Tests may run in the background, where the signal of Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_what_waits_for_a_busy_endpoint(interruptible: None, monkeypatch: pytest.MonkeyPatch):
     """Threads that wait a minute would keep the process, and what it has started, for as long."""
     monkeypatch.setattr(completions, "FIRST_WAIT", 60.0)
     main = threading.main_thread().ident or 0

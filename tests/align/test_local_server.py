@@ -198,7 +198,9 @@ def test_a_fault_of_ours_stops_it_too(stand_ins: StandIns, model: str, monkeypat
 
 
 OWNER = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run in the background, where it is ignored
 from align import local_server
 from align.local_server import Served
 local_server.PROGRAM = (sys.executable, "-m", "tests.align.stand_in_server")
