@@ -211,8 +211,8 @@ def training_arguments(recipe: Recipe, microbatches: int, *, evaluate: bool) -> 
             adam_beta2=train.adam_beta2,
             adam_epsilon=train.adam_epsilon,
             max_grad_norm=train.max_grad_norm,
-            activation_checkpointing=train.gradient_checkpointing,
-            activation_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
+            activation_checkpointing=train.gradient_checkpointing is True,  # auto is settled by what fits, see build
+            activation_checkpointing_kwargs={"use_reentrant": False},
             bf16=compute_dtype(recipe.model) == torch.bfloat16,
             seed=train.seed,
             logging_steps=train.logging_steps,

@@ -23,7 +23,7 @@ from align.assemble import Say, bytes_to_copy, bytes_to_save, total_steps, train
 from align.density import DensityRatio
 from align.engines import launched, partition, shards_weights, size, whole_weights
 from align.errors import RunError
-from align.forecast import skeleton
+from align.forecast import Fit, skeleton
 from align.forward import causal_lm
 from align.paths import choose_path
 from align.recipe import Recipe
@@ -87,7 +87,7 @@ def build(
     prepared: Prepared,
     evaluations: Evaluations | None,
     say: Say,
-    most: int | None = None,
+    fit: Fit | None = None,
 ) -> Run:
     """Loads the model, chooses its path, plans the steps and makes the trainer.
 
@@ -98,7 +98,7 @@ def build(
         prepared: token tables.
         evaluations: maps per-row sums of held-out rows to metrics.
         say: prints on the first rank.
-        most: positions of a microbatch that fit into memory, as the first rank foresees it.
+        fit: what fits into memory, as the first rank foresees it.
     """
     set_seed(recipe.train.seed)
     # Before the model is loaded: this is what starts the process group and finds the device.
@@ -126,8 +126,10 @@ def build(
             f"processes came to different ways of computing attention ({sorted({str(each) for each in ways})}); set "
             "model.attn_implementation to sdpa"
         )
-    most = broadcast_object_list([most])[0] if args.world_size > 1 else most  # all take as many microbatches
-    plan = train_plan(recipe, prepared.train.table, share=share, way=way, most=most)
+    fit = broadcast_object_list([fit])[0] if args.world_size > 1 else fit  # all take as many microbatches
+    plan = train_plan(recipe, prepared.train.table, share=share, way=way, most=fit.most if fit else None)
+    if fit is not None and recipe.train.gradient_checkpointing == "auto":
+        args.activation_checkpointing = fit.checkpointing
     args.gradient_accumulation_steps = plan.microbatches
     say(
         f"plan: {plan.steps_per_epoch} steps an epoch of {recipe.train.rows_per_step} rows, in {plan.microbatches} "

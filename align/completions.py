@@ -46,10 +46,19 @@ class Endpoint:
         timeout: seconds until an attempt is given up.
         attempts: how often a question is asked, at most.
         per_minute: requests, repeated ones included; None for no limit.
+        local: on this machine, where no proxy that the environment names leads.
     """
 
     def __init__(
-        self, base_url: str, *, key: str, key_name: str, timeout: float, attempts: int, per_minute: float | None
+        self,
+        base_url: str,
+        *,
+        key: str,
+        key_name: str,
+        timeout: float,
+        attempts: int,
+        per_minute: float | None,
+        local: bool = False,
     ) -> None:
         import httpx2
 
@@ -62,6 +71,7 @@ class Endpoint:
             timeout=httpx2.Timeout(timeout, connect=min(timeout, 20.0)),
             limits=httpx2.Limits(max_connections=None),
             headers={"Authorization": f"Bearer {key}"} if key else {},
+            trust_env=not local,
         )
 
     def close(self) -> None:

@@ -9,6 +9,8 @@ import xxhash
 from align.errors import RunError
 
 WEIGHTS = ("*.safetensors", "*.bin")
+TEXTS = ("*config.json", "tokenizer*", "*.model", "chat_template*", "vocab*", "merges.txt")
+"""What a model's answers and scores depend on besides its weights."""
 CHUNK = 2**24
 
 
@@ -29,7 +31,20 @@ def weights_on_disk(name: str, revision: str = "main") -> str:
         if not files:
             raise RunError(f"{name}: the folder holds no weights (no *.safetensors); name one that does")
         return "files:" + _hash(files)
-    return f"hub:{name}@{_commit(name, revision)}"
+    return f"hub:{name}@{commit_of(name, revision)}"
+
+
+def with_texts(weights: str, name: str) -> str:
+    """Hash of weights and of what lies beside them: configuration, tokenizer, template.
+
+    Args:
+        weights: as ``weights_on_disk`` tells them; of a Hub id, the commit is of all of it.
+        name: folder or Hub id.
+    """
+    state = xxhash.xxh3_64(weights.encode())
+    for path in sorted({path for pattern in TEXTS for path in Path(name).glob(pattern)}):
+        state.update(path.name.encode() + path.read_bytes())
+    return state.hexdigest()
 
 
 def joined(base: str, adapter: str | None) -> str:
@@ -52,7 +67,12 @@ def _hash(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _commit(name: str, revision: str) -> str:
+def commit_of(name: str, revision: str = "main") -> str:
+    """The commit that a revision of a Hub id is.
+
+    Raises:
+        RunError: the Hub does not tell.
+    """
     from huggingface_hub import hf_hub_download
 
     try:

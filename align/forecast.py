@@ -62,6 +62,16 @@ class Rates:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """What a run does because of how much memory there is."""
+
+    most: int | None
+    """Positions of a microbatch that fit, where the budget had to be lowered."""
+    checkpointing: bool
+    """Whether activations are computed again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
     """Of one process. Bytes, seconds, useful tokens (prompts once plus responses)."""
 
@@ -97,6 +107,13 @@ class Forecast:
     """Whether responses share their prompt."""
     most: int | None = None
     """Positions of a microbatch that fit, where the budget had to be lowered."""
+    chosen: bool = False
+    """Whether ``checkpointing`` was turned on because of memory."""
+
+    @property
+    def fit(self) -> Fit:
+        """What the run is to do."""
+        return Fit(most=self.most, checkpointing=self.checkpointing)
 
     def fitting(self) -> int:
         """Positions whose activations fit beside everything else; a tenth of memory is left free."""
@@ -131,6 +148,8 @@ class Forecast:
         ]
         if self.most is not None:
             lines.append(f"note: train.token_budget auto is {self.token_budget} here, so that it fits into memory")
+        if self.chosen:
+            lines.append("note: train.gradient_checkpointing auto is true here, because memory is short")
         if self.peak > self.available:
             lines.append(
                 "warning: that is more memory than there is; lower train.token_budget"
@@ -194,6 +213,26 @@ def look_ahead(recipe: Recipe, config: Any, table: TokenTable) -> Forecast:
     Raises:
         ForecastError: the model's forward pass depends on numbers that are not there yet.
     """
+    kept = _budgeted(_checkpointing(recipe, recipe.train.gradient_checkpointing is True), config, table)
+    short = kept.most is not None or kept.peak > kept.available
+    if recipe.train.gradient_checkpointing != "auto" or not short:
+        return kept
+    try:
+        again = _budgeted(_checkpointing(recipe, True), config, table)
+    except ForecastError:  # the model has no such thing
+        return kept
+    # Where nothing fits, what needs less; else what is faster.
+    fits, fits_again = (each.peak <= each.available for each in (kept, again))
+    better = again.step < kept.step if fits and fits_again else fits_again or again.peak < kept.peak
+    return replace(again, chosen=True) if better else kept
+
+
+def _checkpointing(recipe: Recipe, on: bool) -> Recipe:
+    return replace(recipe, train=replace(recipe.train, gradient_checkpointing=on))
+
+
+def _budgeted(recipe: Recipe, config: Any, table: TokenTable) -> Forecast:
+    """As ``look_ahead``, with activations kept or computed again as the recipe says."""
     way = attention(recipe.model, config)
     why: Exception | None = None
     for share in (True, False):
@@ -229,7 +268,7 @@ def forecast(recipe: Recipe, config: Any, plan: Plan, table: TokenTable, steps: 
     dtype = compute_dtype(recipe.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = plan.costliest()
-    checkpointing = recipe.train.gradient_checkpointing
+    checkpointing = recipe.train.gradient_checkpointing is True
     traced = _of_rows(recipe, config, plan, table, rows, dtype, device, share=share)
     rates = measured(device, dtype)
     bins = [part for step in plan.epoch(0)[:SAMPLED_STEPS] for ranks in step for part in ranks if len(part)]
@@ -288,7 +327,7 @@ def _of_rows(
             batch,
             make=lambda each: skeleton(recipe, each),
             dtype=dtype,
-            checkpointing=recipe.train.gradient_checkpointing,
+            checkpointing=recipe.train.gradient_checkpointing is True,
             held=lambda model: weights_held(model, recipe.model),
         )
         whole = _largest_layer(recipe, config)

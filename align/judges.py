@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import xxhash
 
 from align import judge_games, judge_prompts
-from align.completions import Endpoint, RefusedError, StoppedError
-from align.errors import RunError
+from align.judge_asking import Asking
 from align.judge_games import Judged, Meeting, Pair, Question, Shown
-from align.judge_prompts import PLAIN, RUBRIC, SOFT, conversation, rating_of, unmarked, verdict_of
-from align.reply_cache import ReplyCache
+from align.judge_prompts import PLAIN, RUBRIC, SOFT, conversation, unmarked
 from align.samples import Group, Sample
 from align.scorers import SCORERS, Scored, column_of, without_thoughts
-from data.store import cache_dir
 from objectives.checks import require
 from objectives.rows import Text
 
-T = TypeVar("T")
-
-BUMP = 0.5
-"""How much warmer the judge is each time it gave no verdict."""
-REFUSED = "the judge's endpoint refuses the question"
-NO_VERDICT = "the judge gave no verdict"
+OF_VLLM = ("revision", "engine_args", "start_timeout")
+"""Keys of engine vllm alone."""
 EXCLUDED = Scored(score=None, reason="cut off at its length limit")
 
 
 @SCORERS.register("judge")
 @dataclass(frozen=True, kw_only=True)
 class Judge:
-    """What another language model says of a response, asked through any endpoint that speaks OpenAI's protocol.
+    """What another language model says of a response, asked through any endpoint that speaks OpenAI's protocol, or in a
+    vLLM server that is started for it.
 
         pairwise:  score = mean over opponents of (first shown + second shown)/2,    each in [0, 1]
         pointwise: score = rating, 1 to 10
@@ -52,11 +44,21 @@ class Judge:
     """
 
     model: str
-    """The judge, as the endpoint calls it. A model of another family than the policy's prefers it less."""
-    base_url: str
-    """Address of the endpoint up to /v1, e.g. http://localhost:8000/v1."""
+    """The judge, as the endpoint calls it; with engine vllm a Hub id or a folder. A model of another family than the
+    policy's prefers it less."""
+    engine: str = "server"
+    """``server``: one that is running, at base_url. ``vllm``: one on this machine, started when the first question is
+    asked and stopped afterwards."""
+    base_url: str | None = None
+    """With engine server: address of the endpoint up to /v1, e.g. http://localhost:8000/v1."""
+    revision: str = "main"
+    """With engine vllm: of a model on the Hub."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """With engine vllm: any further arguments of its server, e.g. {tensor_parallel_size: 2, max_model_len: 16384}."""
+    start_timeout: float = 1800.0
+    """With engine vllm: seconds until a server that is not ready is given up; a large model is read for minutes."""
     api_key_env: str | None = None
-    """Name of the variable that holds the key; null sends none."""
+    """With engine server: name of the variable that holds the key; null sends none."""
     mode: str = "pairwise"
     """``pairwise`` or ``pointwise``."""
     baseline: str | None = None
@@ -87,15 +89,16 @@ class Judge:
     """How often a request is sent, at most, to an endpoint that is busy, failing or away."""
     timeout: float = 120.0
     """Seconds until a request is given up."""
-    concurrency: int = 8
-    """Requests under way at a time."""
+    concurrency: int | None = None
+    """Requests under way at a time. Default: 8, and 64 with engine vllm."""
     requests_per_minute: float | None = None
     """Most requests; null for no limit."""
 
     answers: ClassVar[bool] = False
     free: ClassVar[frozenset[str]] = frozenset(
-        {"api_key_env", "attempts", "timeout", "concurrency", "requests_per_minute"}
+        {"api_key_env", "attempts", "timeout", "concurrency", "requests_per_minute", "engine", *OF_VLLM}
     )
+    """Of engine, revision and engine_args the fingerprint tells what scores depend on."""
 
     @classmethod
     def example(cls) -> Judge:
@@ -104,36 +107,56 @@ class Judge:
 
     def __post_init__(self) -> None:
         require("model", self.model, bool(self.model.strip()), "a model's name")
-        holds = self.base_url.startswith(("http://", "https://"))
-        require("base_url", self.base_url, holds, "an address that begins with http:// or https://")
-        choices = {"mode": ("pairwise", "pointwise"), "scale": ("soft", "plain"), "policy": ("mean", "strict"),
-                   "truncated": ("mark", "exclude")}  # fmt: skip
+        choices = {"engine": ("server", "vllm"), "mode": ("pairwise", "pointwise"), "scale": ("soft", "plain"),
+                   "policy": ("mean", "strict"), "truncated": ("mark", "exclude")}  # fmt: skip
         for key, known in choices.items():
             require(key, getattr(self, key), getattr(self, key) in known, " or ".join(known))
+        if self.engine == "vllm" and self.base_url is not None:
+            raise ValueError("base_url names an endpoint, and engine vllm starts a server here: remove one of them")
+        if self.engine == "server" and not str(self.base_url).startswith(("http://", "https://")):
+            raise ValueError(
+                f"base_url must be an address that begins with http:// or https://, got {self.base_url!r}; or set "
+                "engine to vllm, which starts a server here"
+            )
+        _ = self._asking.served  # refuses arguments that are not the user's to set
         require("opponents", self.opponents, self.opponents is None or self.opponents >= 1, ">= 1, or null")
         require("temperature", self.temperature, 0 <= self.temperature < float("inf"), ">= 0 and finite")
-        for key in ("max_tokens", "attempts", "concurrency"):
+        for key in ("max_tokens", "attempts"):
             require(key, getattr(self, key), getattr(self, key) >= 1, ">= 1")
+        require("concurrency", self.concurrency, self.concurrency is None or self.concurrency >= 1, ">= 1, or null")
         require("retries", self.retries, self.retries >= 0, ">= 0")
-        require("timeout", self.timeout, 0 < self.timeout < float("inf"), "> 0 and finite")
+        for key in ("timeout", "start_timeout"):
+            require(key, getattr(self, key), 0 < getattr(self, key) < float("inf"), "> 0 and finite")
         rate = self.requests_per_minute
         require("requests_per_minute", rate, rate is None or 0 < rate < float("inf"), "> 0 and finite, or null")
 
     def idle(self) -> dict[str, str]:
         """Keys that have no effect beside the others."""
+        own = ["api_key_env"] if self.engine == "vllm" else list(OF_VLLM)
+        found = dict.fromkeys(own, f"engine is {self.engine}")
         if self.mode == "pointwise":
-            return dict.fromkeys(("baseline", "opponents", "scale", "policy"), "mode is pointwise")
-        found = {} if self.baseline is None else {"opponents": "baseline is the only one"}
+            return found | dict.fromkeys(("baseline", "opponents", "scale", "policy"), "mode is pointwise")
+        if self.baseline is not None:
+            found["opponents"] = "baseline is the only one"
         return found | ({"scale": "policy strict asks only who is better"} if self.policy == "strict" else {})
 
-    def fingerprint(self) -> str:
-        """Hash of the instructions.
+    def check(self) -> None:
+        """Refuses what can't work, before anything is read or drawn.
 
         Raises:
-            RunError: the variable with the key is not set.
+            RunError: the variable with the key is not set; with engine vllm, vLLM or the model is not there.
         """
-        self._key()
-        return xxhash.xxh3_64_hexdigest((judge_prompts.PAIRWISE + judge_prompts.POINTWISE).encode())
+        self._asking.check()
+
+    def fingerprint(self) -> str:
+        """Hash of the instructions and, with engine vllm, of the model.
+
+        Raises:
+            RunError: as ``check``; or nobody tells what the model is.
+        """
+        self.check()
+        model = self._asking.identity if self.engine == "vllm" else ""
+        return xxhash.xxh3_64_hexdigest((judge_prompts.PAIRWISE + judge_prompts.POINTWISE + model).encode())
 
     def __call__(self, groups: Sequence[Group]) -> list[Scored]:
         """Scores: in [0, 1] of pairs, in [1, 10] of ratings; None where the judge gave no verdict.
@@ -162,7 +185,7 @@ class Judge:
             else [self._question(Group(samples=two), *order) for order in pair.orders[: 2 if both else 1]]
             for two, pair in zip(pairs, met, strict=True)
         ]
-        judged = self._answers([each for of_pair in questions for each in of_pair])
+        judged = self._asking([each for of_pair in questions for each in of_pair])
         return [
             Meeting(None, (), EXCLUDED.reason)
             if pair is None
@@ -176,10 +199,12 @@ class Judge:
         return judge_games.rates(counts)
 
     def close(self) -> None:
-        """Closes connections."""
-        if (endpoint := vars(self).pop("_endpoint", None)) is not None:
-            endpoint.close()
-        vars(self).pop("_cache", None)
+        """Closes connections, and stops the server that was started."""
+        self._asking.close()
+
+    @cached_property
+    def _asking(self) -> Asking:
+        return Asking(self)
 
     # ---- what is asked ----
 
@@ -196,7 +221,7 @@ class Judge:
 
     def _rated(self, work: Sequence[tuple[Group, list[Shown | None]]]) -> list[Scored]:
         asked = [None if shown is None else self._question(group, shown) for group, listed in work for shown in listed]
-        judged = self._answers([question for question in asked if question is not None])
+        judged = self._asking([question for question in asked if question is not None])
         return [
             Scored(score=judged[each].said, reason=judged[each].reason, counts=judge_games.rated(judged[each]))
             if each is not None
@@ -210,7 +235,7 @@ class Judge:
             [[self._question(group, *order) for order in pair.orders] for pair in met]
             for (group, _), met in zip(work, pairs, strict=True)
         ]
-        judged = self._answers([each for of_group in questions for of_pair in of_group for each in of_pair])
+        judged = self._asking([each for of_group in questions for of_pair in of_group for each in of_pair])
         found: list[Scored] = []
         for (_, listed), met, of_group in zip(work, pairs, questions, strict=True):
             games = [[judged[each] for each in of_pair] for of_pair in of_group]
@@ -254,95 +279,6 @@ class Judge:
     @property
     def _worth(self) -> Mapping[str, float]:
         return PLAIN if self.policy == "strict" or self.scale == "plain" else SOFT
-
-    # ---- asking ----
-
-    def _answers(self, questions: Sequence[Question]) -> dict[Question, Judged]:
-        different = list(dict.fromkeys(questions))
-        found = dict(zip(different, self._at_once(self._asked, different), strict=True))
-        refused = [judged.reason for judged in found.values() if judged.reason.startswith(REFUSED)]
-        if refused and len(refused) == len(found) and not self._cache.answered:
-            raise RunError(f"judge: {self._endpoint.url}: {refused[0]}; check model, max_tokens and extra_body")
-        return found
-
-    def _asked(self, question: Question) -> Judged:
-        """Asks until there is a verdict, warmer each time."""
-        parse = verdict_of if len(question.answers) == 2 else rating_of
-        for again in range(self.retries + 1):
-            body = self._body(question, again)
-            key = ReplyCache.key({"url": self.base_url.rstrip("/"), "again": again, **body})
-            if (reply := self._cache.get(key)) is None:
-                try:
-                    reply = self._endpoint.ask(body)
-                except RefusedError as error:
-                    return Judged(None, again, f"{REFUSED}: {error}")
-                self._cache.put(key, reply)
-            if (said := parse(reply.text)) is not None:
-                return Judged(said, again)
-        return Judged(None, self.retries + 1, NO_VERDICT)
-
-    def _body(self, question: Question, again: int) -> dict[str, Any]:
-        how: dict[str, Any] = {"rubric": self.rubric, "reference": question.reference}
-        texts = [shown.text for shown in question.answers]
-        cut_off = [shown.cut_off for shown in question.answers]
-        if len(texts) == 2:
-            messages = judge_prompts.pairwise(question.prompt, *texts, cut_off=cut_off, **how)
-        else:
-            messages = judge_prompts.pointwise(question.prompt, *texts, cut_off=cut_off[0], **how)
-        return {
-            "model": self.model,
-            "messages": messages,
-            "temperature": self.temperature + BUMP * again,
-            "max_tokens": self.max_tokens,
-            **self.extra_body,
-        }
-
-    def _at_once(self, function: Callable[[Question], T], questions: Sequence[Question]) -> list[T]:
-        """Results in order; the first fault stops the others, after what is under way."""
-        endpoint = self._endpoint
-        endpoint.stop.clear()
-
-        def guarded(question: Question) -> T:
-            if endpoint.stop.is_set():
-                raise StoppedError
-            try:
-                return function(question)
-            except BaseException:
-                endpoint.stop.set()
-                raise
-
-        with ThreadPoolExecutor(self.concurrency) as threads:
-            futures = [threads.submit(guarded, question) for question in questions]
-        faults = [error for future in futures if (error := future.exception()) is not None]
-        for error in sorted(faults, key=lambda error: isinstance(error, StoppedError)):
-            raise error
-        return [future.result() for future in futures]
-
-    def _key(self) -> str:
-        if self.api_key_env is None:
-            return ""
-        if not (key := os.environ.get(self.api_key_env, "").strip()):
-            raise RunError(
-                f"judge: the variable {self.api_key_env} is not set; export it with the endpoint's key, or set "
-                "api_key_env to null"
-            )
-        return key
-
-    @cached_property
-    def _endpoint(self) -> Endpoint:
-        return Endpoint(
-            self.base_url,
-            key=self._key(),
-            key_name=self.api_key_env or "",
-            timeout=self.timeout,
-            attempts=self.attempts,
-            per_minute=self.requests_per_minute,
-        )
-
-    @cached_property
-    def _cache(self) -> ReplyCache:
-        name = xxhash.xxh3_64_hexdigest(f"{self.base_url.rstrip('/')} {self.model}".encode())
-        return ReplyCache(cache_dir() / "judge" / f"{name}.jsonl")
 
 
 def _baseline(value: Any) -> str:

@@ -9,15 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
 
 from align.errors import RunError
-from align.fingerprints import joined, weights_on_disk
+from align.fingerprints import joined, weights_on_disk, with_texts
+from align.hub_adapters import adapter_folder
 from align.value_head import is_reward_model, without_load_report
-
-TEXTS = ("*config.json", "tokenizer*", "*.model", "chat_template*", "vocab*", "merges.txt")
-"""What a model's scores depend on besides its weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +55,7 @@ class RewardFiles:
             weights_on_disk(self.base, "main" if self.is_adapter else self.revision),
             weights_on_disk(self.name, self.revision) if self.is_adapter else None,
         )
-        state = xxhash.xxh3_64(weights.encode())
-        for path in sorted({path for pattern in TEXTS for path in Path(self.name).glob(pattern)}):
-            state.update(path.name.encode() + path.read_bytes())
-        return state.hexdigest()
+        return with_texts(weights, self.name)
 
     def load(self, dtype: torch.dtype) -> tuple[Any, Any]:
         """Model, in eval mode, and tokenizer.
@@ -110,6 +104,8 @@ def find(name: str, revision: str = "main", *, trust_remote_code: bool = False) 
     from transformers import AutoConfig
 
     folder = Path(name).expanduser()
+    if not folder.is_dir() and (fetched := adapter_folder(name, revision)) is not None:
+        folder = fetched
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise RunError(f"reward_model: there is no folder {name!r}; name a folder or a Hub id")
     name = base = str(folder) if folder.is_dir() else name

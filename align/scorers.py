@@ -55,6 +55,7 @@ class Scorer(Protocol):
     """What every scorer does. It may also have
 
     * ``free``: the keys that no score depends on (a time limit, a batch size);
+    * ``check()``: raises ``RunError`` for what this machine lacks, at no cost;
     * ``fingerprint()``: a hash of what its scores depend on besides its keys, a model's weights, say; raises
       ``RunError`` for what can't work, before a sample is read;
     * ``equal(first, second)``: whether two answers are the same though they are written differently;

@@ -10,6 +10,7 @@ there: none of them are kept, whatever the number of rows.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -32,6 +33,28 @@ OfLogps = Callable[[str, Tensor, Tensor], Mapping[str, Tensor]]
 """Maps a leg's name, its tokens' log-probs, (row, token), nats, and the mask of tokens to numbers per row."""
 Progress = Callable[[int, int], None]
 """Told how many rows are done, of how many."""
+EVERY = 10.0
+"""Seconds between two lines about progress, at least."""
+
+
+def telling(say: Callable[[str], None], who: str, what: str = "pairs") -> Progress:
+    """Progress as lines for people.
+
+    Args:
+        say: prints one.
+        who: scores.
+        what: the rows are called.
+    """
+    began = told = time.perf_counter()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told
+        now = time.perf_counter()
+        if now - told > EVERY or done == total:
+            told = now
+            say(f"{who}: {done} of {total} {what}, {done / (now - began):.1f} {what}/s")
+
+    return progress
 
 
 class RowScorer:

@@ -222,8 +222,9 @@ class TrainSection:
     """AdamW's ε, > 0."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm; 0 turns clipping off."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass: less memory, about a third more time. auto: where they do not fit, or
+    would leave so few positions to a microbatch that recomputing is forecast to be faster."""
     allow_dropout: bool = False
     """Keep the model's and adapter's dropout on while training."""
     seed: int = 42

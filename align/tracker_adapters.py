@@ -168,15 +168,20 @@ class Trackio:
         import trackio  # pyright: ignore[reportMissingImports]  # an extra
 
         self._trackio = trackio
-        self._run = trackio.init(
-            project=opening.project,
-            name=opening.earlier.get("name") or opening.name,
-            config=dict(opening.config),
-            resume="allow" if opening.earlier else "never",
-            embed=False,
-        )
+        earlier = opening.earlier
+        self._run = self._opened(opening, resume="allow" if earlier else "never")
+        if earlier and earlier.get("id", self._run.id) != self._run.id:
+            # trackio finds runs by their names alone, and the newest one of this name is not ours.
+            self._run.finish()
+            self._run = self._opened(opening, resume="never")
         shown = f"trackio: run {self._run.name} of project {opening.project}"
-        self.entry: Mapping[str, Any] = {"name": self._run.name, "shown": shown}
+        self.entry: Mapping[str, Any] = {"id": self._run.id, "name": self._run.name, "shown": shown}
+
+    def _opened(self, opening: Opening, *, resume: str) -> Any:
+        name = opening.earlier.get("name") or opening.name
+        return self._trackio.init(
+            project=opening.project, name=name, config=dict(opening.config), resume=resume, embed=False
+        )
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """At the run's own step."""
@@ -189,7 +194,7 @@ class Trackio:
 
     def alarm(self, title: str, text: str, step: int) -> None:
         """As an alert, which trackio can post to a webhook."""
-        self._run.alert(title=title, text=text, level=self._trackio.AlertLevel.WARN)
+        self._run.alert(title=title, text=text, level=self._trackio.AlertLevel.WARN, step=step)
 
     def close(self, *, failed: bool) -> None:
         """Waits until everything is written."""

@@ -184,7 +184,7 @@ def _run(recipe: Recipe, command: str, measure: Measure | None, only_plan: bool,
 
     # From here on it costs something.
     held_out = HeldOut(prepared.eval, *run_directory.eval_name(recipe)) if prepared.eval else None
-    ready = build(recipe, config, tokenizer, prepared, held_out, say, ahead.most if ahead else None)
+    ready = build(recipe, config, tokenizer, prepared, held_out, say, ahead.fit if ahead else None)
     trainer = ready.trainer
     held.enter_context(ready.trackers)
     if first:

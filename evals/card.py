@@ -5,6 +5,7 @@ Everything that comes from data, recipe or command is escaped for Markdown, and 
 
 from __future__ import annotations
 
+import functools
 import html
 import json
 import re
@@ -66,15 +67,7 @@ def write_card(run_dir: Path, *, info: CardInfo | None = None) -> Path:
     info = CardInfo.read(run_dir) if info is None else info
     run = read_run(run_dir)
     name = public(info.model_name or run_dir.resolve().name)
-    environment = Environment(
-        loader=PackageLoader("evals", "templates"),
-        autoescape=False,  # this is Markdown: `finalize` escapes every expression that is not Raw
-        finalize=lambda value: value if isinstance(value, Raw) else Raw(escape_markdown(str(value))),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    body = environment.get_template("card.md.jinja").render(**_context(run, info, name))
+    body = _environment().get_template("card.md.jinja").render(**_context(run, info, name))
     path = run_dir / "README.md"
     write_atomically(path, f"---\n{_front_matter(run, info, name)}---\n\n{body.strip()}\n")
     _write_eval_results(run_dir / ".eval_results", run, info)
@@ -105,6 +98,18 @@ def code_block(text: str, language: str = "") -> Raw:
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return Raw(f"{fence}{language}\n{text.rstrip()}\n{fence}")
+
+
+@functools.cache
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("evals", "templates"),
+        autoescape=False,  # this is Markdown: `finalize` escapes every expression that is not Raw
+        finalize=lambda value: value if isinstance(value, Raw) else Raw(escape_markdown(str(value))),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 def _context(run: RunFiles, info: CardInfo, name: str) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class Context:
         self.tokenizer = models.load_tokenizer(self.base)
         self.config = models.load_config(self.base)
         self.is_reward_model = is_reward_model(self.config)
-        of_model = step_of(Path(job.model.model_name_or_path))
+        of_model = step_of(Path(job.adapter or job.model.model_name_or_path))
         self.step = of_model if job.out.step is None else job.out.step
         self.fingerprint = loading.fingerprint(self.base, job.adapter)
         self.template = template_fingerprint(self.tokenizer)

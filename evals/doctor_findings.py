@@ -80,8 +80,8 @@ def _ches(split: Split, scores: np.ndarray) -> Finding:
         check="ches",
         verdict="remark",
         text=f"LN-CHES of {len(values)} pairs has the quantiles {low:.3g} (5 %), {middle:.3g} (half) and {high:.3g} "
-        f"(95 %), at most {values.max():.3g}; training on the {len(order)} highest is expected to take probability "
-        f"from both responses{_left(missing)}.",
+        f"(95 %), at most {values.max():.3g}; the {len(order)} highest are listed, and training on such pairs was "
+        f"found to take probability from both responses (arXiv:2410.08847){_left(missing)}.",
         key=f"filter: {{name: ches, share: {ALIKE:g}}}, or --write with --drop ches",
         value=float(middle),
         n=len(values),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,14 +9,11 @@ import numpy as np
 from torch import Tensor
 
 from align import model as models
-from align.scoring import OfLogps, OfStates, Progress, RowScorer
+from align.scoring import OfLogps, OfStates, RowScorer, telling
 from align.sections import ModelSection
 from data.store import TokenTable
 from evals import loading
 from evals.run_settings import Job
-
-EVERY = 10.0
-"""Seconds between two lines about progress, at least."""
 
 
 def under_models(
@@ -58,7 +54,7 @@ def under_models(
             of_models.update(found)
             return found
 
-        found = scorer(states, _progress(who, what, say), None if of_logps is None else noted)
+        found = scorer(states, telling(say, who, what), None if of_logps is None else noted)
         for key, values in found.items():
             head = key.split("/")[0]
             if head in ("sum", "value") or key in of_models:
@@ -78,16 +74,3 @@ def under_models(
         with loading.loaded(section, adapter, other) as model:
             add("reference", section, model, of_states)
     return numbers
-
-
-def _progress(who: str, what: str, say: Callable[[str], None]) -> Progress:
-    began = told = time.perf_counter()
-
-    def progress(done: int, total: int) -> None:
-        nonlocal told
-        now = time.perf_counter()
-        if now - told > EVERY or done == total:
-            told = now
-            say(f"{who}: {done} of {total} {what}, {done / (now - began):.1f} {what}/s")
-
-    return progress

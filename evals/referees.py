@@ -25,7 +25,7 @@ Answers = tuple[Sample, Sample]
 
 
 class Referee:
-    """One judge, ready. A context manager: frees what it holds at its end.
+    """One judge, ready. A context manager: frees what it holds at its end, or before by ``rest``.
 
     Args:
         entry: a scorer.
@@ -46,6 +46,10 @@ class Referee:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.rest()
+
+    def rest(self) -> None:
+        """Frees what it holds, a model's memory, say; the next call begins anew."""
         if self.judge is not None:
             self.judge.close()
         elif self._scoring is not None:

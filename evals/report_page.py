@@ -7,6 +7,7 @@ not run, and forbids every request.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import secrets
 from collections.abc import Mapping
@@ -29,6 +30,29 @@ def render(template: str, context: Mapping[str, Any], *, data: str = "") -> str:
         context: of the template; everything in it is escaped that is not markup already.
         data: JSON of the browser of prompts, as ``prompt_data.escaped`` makes it; nothing where there is none.
     """
+    script = "".join(_source(name) for name in ("report.js", *(["browser.js"] if data else [])))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    # Where script and data come to stand: a random word, so that no text of a run can be taken for it.
+    here = {"script": secrets.token_hex(16), "data": secrets.token_hex(16)}
+    page = (
+        _environment()
+        .get_template(template)
+        .render(
+            **context,
+            has_data=bool(data),
+            here=here,
+            script_hash=digest,
+            now=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        )
+    )
+    # Inputs are redacted one by one; a token's shape survives escaping, so the whole page is looked through once more.
+    page = well_formed(redact(page))
+    return page.replace(here["data"], data).replace(here["script"], script)
+
+
+@functools.cache
+def _environment() -> Environment:
+    """Compiled templates, which a process may need for many reports."""
     environment = Environment(
         loader=PackageLoader("evals", "templates"),
         autoescape=True,
@@ -38,20 +62,7 @@ def render(template: str, context: Mapping[str, Any], *, data: str = "") -> str:
     )
     environment.globals.update(show=show, show_interval=show_interval, show_number=show_number, show_share=show_share)
     environment.globals.update(public=public, name=shown_name)
-    script = "".join(_source(name) for name in ("report.js", *(["browser.js"] if data else [])))
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # Where script and data come to stand: a random word, so that no text of a run can be taken for it.
-    here = {"script": secrets.token_hex(16), "data": secrets.token_hex(16)}
-    page = environment.get_template(template).render(
-        **context,
-        has_data=bool(data),
-        here=here,
-        script_hash=digest,
-        now=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    )
-    # Inputs are redacted one by one; a token's shape survives escaping, so the whole page is looked through once more.
-    page = well_formed(redact(page))
-    return page.replace(here["data"], data).replace(here["script"], script)
+    return environment
 
 
 def _source(name: str) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import time
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from align import model as models
 from align.errors import RunError
 from align.forward import bind
 from align.reward_files import RewardFiles, find
-from align.scoring import OfStates, RowScorer
+from align.scoring import OfStates, RowScorer, telling
 from align.sections import ModelSection
 from align.value_head import is_reward_model, output_names
 from data.chat import template_fingerprint
@@ -42,8 +41,6 @@ Say = Callable[[str], None]
 PAIR = ("chosen", "rejected")
 FORMAT = 1
 """Raise when the meaning of what is kept changes."""
-EVERY = 10.0
-"""Seconds between two lines about progress, at least."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,16 +175,7 @@ def _pass(
     of_states: OfStates | None,
     say: Say,
 ) -> dict[str, np.ndarray]:
-    began = told = time.perf_counter()
-
-    def progress(done: int, total: int) -> None:
-        nonlocal told
-        now = time.perf_counter()
-        if now - told > EVERY or done == total:
-            told = now
-            say(f"scored by {who}: {done} of {total} pairs, {done / (now - began):.1f} pairs/s")
-
-    return RowScorer(section, model, table, dtype)(of_states, progress)
+    return RowScorer(section, model, table, dtype)(of_states, telling(say, f"scored by {who}"))
 
 
 # ---- kept by content ----

@@ -13,6 +13,7 @@ import yaml
 
 from align import keys, settings
 from align.errors import RecipeError
+from align.hub_adapters import adapter_folder
 from align.keys import Schema
 from align.recipe import Recipe, read_recipe
 from align.samplers import ServingSection
@@ -29,9 +30,10 @@ class EvaluatedModel(ModelSection):
     """What is evaluated."""
 
     model_name_or_path: str
-    """Hub id or folder of a causal language model or reward model, or folder of a LoRA adapter, e.g. of a run."""
+    """Hub id or folder of a causal language model, a reward model or a LoRA adapter, e.g. of a run."""
     base_model_name_or_path: str | None = None
-    """Of an adapter: its base, where that is no longer where it was in training."""
+    """Of an adapter: its base, where that is no longer where it was in training. Of a Hub id, model_revision is the
+    adapter's, and the base's is what its configuration says."""
     name: str | None = None
     """What reports call it. Default: its id, or the last part of its folder."""
 
@@ -142,9 +144,13 @@ class Job:
 
     @property
     def adapter(self) -> str | None:
-        """The adapter's folder, where the model is one."""
-        folder = Path(self.model.model_name_or_path)
-        return str(folder) if (folder / "adapter_config.json").is_file() else None
+        """The adapter's folder, where the model is one; one on the Hub is fetched into its cache.
+
+        Raises:
+            RunError: it can't be fetched.
+        """
+        folder = adapter_folder(self.model.model_name_or_path, self.model.model_revision)
+        return None if folder is None else str(folder)
 
     @property
     def base(self) -> ModelSection:
@@ -152,14 +158,21 @@ class Job:
         own = {f.name: getattr(self.model, f.name) for f in dataclasses.fields(ModelSection)}
         if self.adapter is None:
             return ModelSection(**own)
-        where = self.model.base_model_name_or_path or self._trained_on()
+        # In a folder an adapter has no revision of its own.
+        revision = "main" if self.on_hub else own["model_revision"]
+        where = self.model.base_model_name_or_path
+        if where is None:
+            where, trained_on = self._trained_on(Path(self.adapter))
+            revision = trained_on if revision == "main" else revision
         tokenizer = self.model.tokenizer_name_or_path
         if tokenizer is None and (Path(self.adapter) / "tokenizer_config.json").is_file():
             tokenizer = self.adapter
-        return ModelSection(**{**own, "model_name_or_path": where, "tokenizer_name_or_path": tokenizer})
+        changed = {"model_name_or_path": where, "model_revision": revision, "tokenizer_name_or_path": tokenizer}
+        return ModelSection(**{**own, **changed})
 
-    def _trained_on(self) -> str:
-        written = json.loads((Path(self.model.model_name_or_path) / "adapter_config.json").read_text())
+    def _trained_on(self, adapter: Path) -> tuple[str, str]:
+        """An adapter's base, and its revision."""
+        written = json.loads((adapter / "adapter_config.json").read_text())
         base = str(written.get("base_model_name_or_path") or "")
         looks_local = base.startswith((".", "/")) or base.count("/") > 1
         if not base or (looks_local and not Path(base).is_dir()):
@@ -167,7 +180,7 @@ class Job:
                 f"model.model_name_or_path: the adapter {self.model.model_name_or_path!r} was trained on {base!r}, "
                 "which is not there; set model.base_model_name_or_path"
             )
-        return base
+        return base, str(written.get("revision") or "main")
 
     def located(self, name: str) -> tuple[ModelSection, str | None]:
         """Another model's weights, and its adapter where it is one; loaded as the evaluated model is.
@@ -187,10 +200,15 @@ class Job:
         return job.base, job.adapter
 
     @property
+    def on_hub(self) -> bool:
+        """Whether the model is named by its Hub id."""
+        return not Path(self.model.model_name_or_path).is_dir()
+
+    @property
     def name(self) -> str:
         """What reports call the model."""
         path = self.model.model_name_or_path
-        return self.model.name or (Path(path).resolve().name if Path(path).is_dir() else path)
+        return self.model.name or (path if self.on_hub else Path(path).resolve().name)
 
     @property
     def compared_with(self) -> str | None:
@@ -202,6 +220,10 @@ class Job:
         if self.adapter is not None:
             lora = recipe_of(Path(self.adapter)).get("lora")
             before = lora.get("adapter_name_or_path") if isinstance(lora, Mapping) else None
+            from evals.redact import is_hub_id
+
+            if before and self.on_hub and not is_hub_id(str(before)):
+                return None  # a folder of the machine that it was trained on
             return str(before) if before else "base"
         recipe = recipe_of(Path(self.model.model_name_or_path))
         section = recipe.get("model")

@@ -54,6 +54,16 @@ def named(kind: str, values: Named) -> tuple[Entry, ...]:
         raise ValueError(str(error)) from None
 
 
+def check_scorers(entries: Sequence[Entry]) -> None:
+    """Refuses scorers that can't work on this machine, as far as they can tell before they are used.
+
+    Raises:
+        RunError: one sentence on what is missing.
+    """
+    for entry in entries:
+        getattr(entry.built, "check", lambda: None)()
+
+
 def _mappings(kind: str, values: Named) -> Iterator[tuple[str, Mapping[str, Any]]]:
     listed = [(f"{kind}.{i}", each) for i, each in enumerate(values)] if isinstance(values, list) else [(kind, values)]
     return ((path, each) for path, each in listed if isinstance(each, Mapping))

@@ -10,13 +10,13 @@ all, and an evaluation that is repeated replaces its lines. ``python -m evals co
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from evals.results import write_atomically
+from evals.lines import read_lines, write_lines
 
 VERSION = 1
 """Of the file format; raised when a reader of the old one would misunderstand the new one."""
@@ -63,12 +63,8 @@ def write_scores(run_dir: Path, scores: Iterable[Scores]) -> None:
     Raises:
         ValueError: the file that is there can't be read.
     """
-    path = run_dir / NAME
-    found = {**(read_scores(run_dir) if path.exists() else {}), **{each.key: each for each in scores}}
-    lines = [
-        json.dumps({"version": VERSION, **asdict(each)}, ensure_ascii=False, allow_nan=False) for each in found.values()
-    ]
-    write_atomically(path, "".join(f"{line}\n" for line in lines))
+    new = {each.key: each for each in scores}
+    write_lines(run_dir / NAME, new.values(), VERSION, lambda each: each.key in new, _read)
 
 
 def read_scores(run_dir: Path) -> dict[Key, Scores]:
@@ -80,28 +76,14 @@ def read_scores(run_dir: Path) -> dict[Key, Scores]:
     Raises:
         ValueError: in one sentence, if a line is not JSON, has another version, or lacks something.
     """
-    path = run_dir / NAME
-    if not path.exists():
-        return {}
-    found: dict[Key, Scores] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        where = f"line {number} of {path}"
-        try:
-            body = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where} is not JSON: {error}") from error
-        if not isinstance(body, dict) or body.get("version") != VERSION:
-            version = body.get("version") if isinstance(body, dict) else None
-            raise ValueError(f"{where} has version {version!r}, and this code reads version {VERSION}")
-        try:
-            each = Scores(
-                metric=str(body["metric"]),
-                dataset=str(body["dataset"]),
-                split=str(body["split"]),
-                step=int(body["step"]),
-                by_prompt={str(prompt): float(score) for prompt, score in body["by_prompt"].items()},
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{where} lacks something or holds a wrong type: {error!r}") from error
-        found[each.key] = each
-    return found
+    return {each.key: each for each in read_lines(run_dir / NAME, VERSION, _read)}
+
+
+def _read(body: dict[str, Any]) -> Scores:
+    return Scores(
+        metric=str(body["metric"]),
+        dataset=str(body["dataset"]),
+        split=str(body["split"]),
+        step=int(body["step"]),
+        by_prompt={str(prompt): float(score) for prompt, score in body["by_prompt"].items()},
+    )

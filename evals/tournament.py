@@ -71,6 +71,7 @@ class Tournament:
         for referee in referees:
             self.context.say(f"{referee.name} judges {len(self.groups)} prompts against {len(self.others)} baselines")
             believed[referee.name] = self._judged(referee)
+            referee.rest()  # the next one may want the device for itself
         for one, two in combinations(believed, 2):
             for other in self.others:
                 if other.name in believed[one] and other.name in believed[two]:

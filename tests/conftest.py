@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 
@@ -26,6 +27,18 @@ torch.set_num_threads(1)
 # Derandomized, so that a red run is red again; without a deadline, because a busy machine is not a fault.
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, max_examples=20)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_lives_long_is_not_looked_at() -> None:
+    """Trainers collect garbage in every run, and would take long to look at all that was ever imported."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """What is left frozen would be told as leaked at the end of the process, by libraries that count."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 from filelock import FileLock
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -41,3 +43,13 @@ def common_folder(base: Path, worker: str) -> Path:
         worker: the fixture ``worker_id``: ``master`` where there is one process.
     """
     return base if worker == "master" else base.parent
+
+
+def without_forecast(patch: pytest.MonkeyPatch) -> None:
+    """Runs start without looking ahead, which is a third of the time of a run of two steps."""
+    from align import forecast
+
+    def no_forecast(*args: Any) -> Any:
+        raise forecast.ForecastError("not wanted")
+
+    patch.setattr(forecast, "look_ahead", no_forecast)

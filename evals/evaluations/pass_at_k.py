@@ -89,8 +89,10 @@ class PassAtK:
         require("subsets", self.subsets, self.subsets >= 200, ">= 200")
 
     def check(self, job: Job) -> None:
-        """That there are prompts."""
+        """That there are prompts, and scorers that can work."""
         sampled.prompts_of(self.prompts, job, "pass_at_k")
+        sampled.check_scorers(sampled.named("verifier", self.verifier))
+        sampled.check_scorers(sampled.named("scorers", self.scorers) if self.scorers else ())
 
     def __call__(self, context: Context) -> Found:
         """See ``evals.passing``."""

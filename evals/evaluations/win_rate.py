@@ -32,8 +32,9 @@ class WinRate:
     """What it is compared with: reference, another model (Hub id, folder, adapter's folder), a file of samples
     (.jsonl), or {column: NAME} of the dataset, with answer_of: MODEL for a list of responses; several in a list."""
     judge: sampled.Named
-    """Who decides: any scorer, e.g. {name: judge, model: M, base_url: http://localhost:8000/v1} (any endpoint; on this
-    machine: vllm serve M), {name: reward_model, model: M}, gold; several in a list."""
+    """Who decides: any scorer, e.g. {name: judge, model: M, engine: vllm} (in a vLLM server that is started for it),
+    {name: judge, model: M, base_url: http://localhost:8000/v1} (any endpoint), {name: reward_model, model: M}, gold;
+    several in a list."""
     prompts: PromptSection | None = None
     """Where prompts come from: dataset_name, split, columns, max_rows, keep and the other keys of align.sample's data
     section. Default: those of the pairs."""
@@ -130,8 +131,9 @@ class WinRate:
         return EvalNeeds(samples=True, reference=any(each.model == opponents.REFERENCE for each in listed))
 
     def check(self, job: Job) -> None:
-        """Files and models of baselines, as far as they can be seen; prompts; the file of difficulties."""
+        """Files and models of baselines, as far as they can be seen; prompts; judges; difficulties."""
         sampled.prompts_of(self.prompts, job, "win_rate")
+        sampled.check_scorers(sampled.named("judge", self.judge))
         if self.difficulty_file is not None:
             from evals.controlled import Difficulty
 

@@ -12,19 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from launch.bench.preparation import EVERY, memory
+from launch.bench.processes import measured, tell
 
 PLANTED = {
     "exact_duplicates": 0.01,
@@ -99,27 +95,10 @@ def measure(folder: Path, number: int) -> dict[str, Any]:
         for row, kind in made_up(number):
             file.write(json.dumps(row) + "\n")
             planted[kind] += 1
-    process = subprocess.Popen(
-        [sys.executable, "-m", "launch.bench.doctor", "--file", str(path)],
-        env={**os.environ, "ALIGN_CACHE": str(folder / f"cache-{number}"), "TOKENIZERS_PARALLELISM": "false"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    peak, stop = [0], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(EVERY):
-            peak[0] = max(peak[0], memory(process.pid))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    output, errors = process.communicate()
-    stop.set()
-    watcher.join()
+    env = {"ALIGN_CACHE": str(folder / f"cache-{number}")}
+    found = measured("launch.bench.doctor", ["--file", str(path)], f"{number} rows", env)
     path.unlink()
-    lines = [line for line in output.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        raise SystemExit(f"{number} rows failed:\n{output[-1500:]}{errors[-3000:]}")
-    return {**json.loads(lines[0].removeprefix("RESULT ")), "planted": dict(planted), "peak_mib": peak[0] / 2**20}
+    return {**found, "planted": dict(planted)}
 
 
 def main() -> None:
@@ -129,7 +108,7 @@ def main() -> None:
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.file:
-        print("RESULT " + json.dumps(run(options.file)), flush=True)
+        tell(run(options.file))
         return
     with tempfile.TemporaryDirectory() as folder:
         for number in (int(each) for each in options.rows.split(",")):

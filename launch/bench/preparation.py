@@ -11,27 +11,21 @@ count once), libraries included. Quote medians: machines are noisy.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 from align.console import quiet_libraries
+from launch.bench.processes import measured, tell
 from launch.bench.workloads import COLUMNS, made_up, make_model
 
 SIDES = ("ours", "again", "trl")
 """Our first start, our second one, and TRL."""
-EVERY = 0.2
-"""Seconds between two looks at memory."""
 
 
 def run_ours(model: Path, rows: Path) -> dict[str, Any]:
@@ -76,49 +70,12 @@ def run_trl(model: Path, rows: Path) -> dict[str, Any]:
     return taken
 
 
-def tree(process: int) -> list[int]:
-    """A process and its descendants."""
-    found = [process]
-    for task in Path(f"/proc/{process}/task").glob("*"):
-        with contextlib.suppress(OSError):
-            found += [each for child in (task / "children").read_text().split() for each in tree(int(child))]
-    return found
-
-
-def memory(process: int) -> int:
-    """Bytes that a process and its descendants take; pages they share count once."""
-    total = 0
-    for each in tree(process):
-        with contextlib.suppress(OSError):
-            text = Path(f"/proc/{each}/smaps_rollup").read_text()
-            total += next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("Pss:"))
-    return total
-
-
 def measure(side: str, folder: Path, rows: Path) -> dict[str, Any]:
     """One side in a fresh process; only a second start finds the cache of the run before."""
     if side != "again":
         shutil.rmtree(folder / "cache", ignore_errors=True)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "launch.bench.preparation", "--side", side, "--file", str(rows)],
-        env={**os.environ, "ALIGN_CACHE": str(folder / "cache"), "TOKENIZERS_PARALLELISM": "false"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    peak, stop = [0], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(EVERY):
-            peak[0] = max(peak[0], memory(process.pid))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    output, errors = process.communicate()
-    stop.set()
-    watcher.join()
-    lines = [line for line in output.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        raise SystemExit(f"{side} failed:\n{output[-1500:]}{errors[-3000:]}")
-    return {**json.loads(lines[0].removeprefix("RESULT ")), "peak_mib": peak[0] / 2**20}
+    words = ["--side", side, "--file", str(rows)]
+    return measured("launch.bench.preparation", words, side, {"ALIGN_CACHE": str(folder / "cache")})
 
 
 def compare(folder: Path, number: int, rounds: int, sides: tuple[str, ...]) -> dict[str, Any]:
@@ -167,7 +124,7 @@ def main() -> None:
     if options.side:
         warnings.simplefilter("ignore")
         run = run_trl if options.side == "trl" else run_ours
-        print("RESULT " + json.dumps(run(options.file.parent / "model", options.file)), flush=True)
+        tell(run(options.file.parent / "model", options.file))
         return
     results: dict[int, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -36,6 +36,7 @@ class JudgeServer:
             something else), ``close`` (the connection), ``slow`` (a second before the answer).
         headers: sent with statuses that are faults.
         key: the key that has to be sent.
+        port: to listen on; 0 takes a free one.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class JudgeServer:
         faults: tuple[int | str, ...] = (),
         headers: dict[str, str] | None = None,
         key: str | None = None,
+        port: int = 0,
     ) -> None:
         self.answer, self.headers, self.key = answer, headers or {}, key
         self.faults: list[int | str] = list(faults)
@@ -63,7 +65,7 @@ class JudgeServer:
             def handle_error(self, request: Any, client_address: Any) -> None:
                 """A client that has given up is no fault of ours."""
 
-        self._server = Quiet(("127.0.0.1", 0), Handler)
+        self._server = Quiet(("127.0.0.1", port), Handler)
         self.base_url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
 
     def __enter__(self) -> JudgeServer:
@@ -82,6 +84,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Quiet."""
+
+    def do_GET(self) -> None:
+        ready = self.path == "/health"
+        self._send(200 if ready else 404, {} if ready else {"error": {"message": f"no {self.path} here"}})
 
     def do_POST(self) -> None:
         judge = self.state

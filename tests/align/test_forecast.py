@@ -194,6 +194,7 @@ def test_the_budget_is_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     long_rows(tmp_path, 24)
     monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
     common = words(tmp_path, "--rows_per_step=12", "--max_steps=1", "--logging_steps=1")
+    common.append("--gradient_checkpointing=false")
     assert train.main([*common, "--output_dir=" + str(tmp_path / "roomy")]) == 0
     roomy = capsys.readouterr().out
     assert "so that it fits" not in roomy
@@ -213,6 +214,60 @@ def test_the_budget_is_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert first["loss"] == pytest.approx(second["loss"], rel=1e-6)
     assert train.main([*common, "--output_dir=" + str(tmp_path / "asked"), "--token_budget=1024", "--plan"]) == 0
     assert "warning: that is more memory than there is" in capsys.readouterr().out
+
+
+def test_activations_are_computed_again_where_they_do_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Not where there is room, not where it was refused; the loss is the same either way."""
+    save_model(tmp_path / "model", hidden_size=256, intermediate_size=1024, num_hidden_layers=6)
+    long_rows(tmp_path, 4)
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+    common = words(tmp_path, "--rows_per_step=1", "--max_steps=2", "--logging_steps=1", "--token_budget=512")
+
+    def outcome(name: str, *more: str) -> tuple[str, dict[str, Any], list[float]]:
+        assert train.main([*common, f"--output_dir={tmp_path / name}", *more]) == 0
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        found = json.loads((tmp_path / name / "forecast.json").read_text())["forecast"]
+        return capsys.readouterr().out, found, [json.loads(line)["loss"] for line in lines]
+
+    told, roomy, losses = outcome("roomy")
+    assert "activations kept" in told
+    monkeypatch.setattr(forecasting, "_available", lambda device: roomy["peak"] - 2**20)
+    told, tight, again = outcome("tight")
+    assert "note: train.gradient_checkpointing auto is true here, because memory is short" in told
+    assert tight["checkpointing"]
+    assert tight["memory"]["gradients and activations"] < roomy["memory"]["gradients and activations"]
+    assert again == pytest.approx(losses, rel=1e-6)
+    told, refused, _ = outcome("refused", "--gradient_checkpointing=false")
+    assert "warning: that is more memory than there is; lower train.token_budget, set train.gradient_checkp" in told
+    assert not refused["checkpointing"]
+
+
+@pytest.mark.parametrize(
+    ("kept", "again", "chosen"),
+    [
+        ({"most": 300, "starting": 5.0}, {"starting": 1.0}, True),  # few positions at a time are slow
+        ({"most": 300, "starting": 1.0}, {"starting": 5.0}, False),
+        ({"available": 2e9}, {"available": 2e9, "memory": {"program": 1.9e9}, "starting": 9.0}, True),
+        ({"available": 2e9}, {"available": 2e9, "memory": {"program": 2.5e9}}, True),  # neither fits: what needs less
+        ({"available": 2e9}, {"available": 2e9, "memory": {"program": 3.5e9}}, False),
+        ({}, {"memory": {"program": 1.0}, "starting": 0.0}, False),  # there is room
+    ],
+)
+def test_when_activations_are_computed_again(
+    kept: dict[str, Any], again: dict[str, Any], chosen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def budgeted(recipe: Any, config: Any, table: Any) -> Any:
+        on = recipe.train.gradient_checkpointing
+        return replace(AHEAD, checkpointing=on, **(again if on else kept))
+
+    monkeypatch.setattr(forecasting, "_budgeted", budgeted)
+    save_model(tmp_path / "model")
+    long_rows(tmp_path, 2)
+    recipe = read_recipe(None, words(tmp_path))
+    found = look_ahead(recipe, None, random_table(LEGS, rows=2))
+    assert (found.checkpointing, found.chosen) == (chosen, chosen)
 
 
 @pytest.mark.parametrize("name", ["mamba", *CONFIGS])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -417,6 +418,33 @@ def test_an_endpoint_that_is_down_stops_and_what_was_judged_is_kept():
         assert len(server.bodies) == 9, "a! and b had met"
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Tests may run in the background, where the signal of Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_what_waits_for_a_busy_endpoint(interruptible: None, monkeypatch: pytest.MonkeyPatch):
+    """Threads that wait a minute would keep the process, and what it has started, for as long."""
+    monkeypatch.setattr(completions, "FIRST_WAIT", 60.0)
+    main = threading.main_thread().ident or 0
+    interrupt = threading.Timer(0.5, lambda: signal.pthread_kill(main, signal.SIGINT))
+    with JudgeServer(faults=(500,) * 12) as server:
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            judged(Judge(model="j", base_url=server.base_url), chat("?", ["a!", "b", "c", "d"]))
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and (waiting := _pool()):
+        time.sleep(0.05)
+    assert waiting == []
+
+
+def _pool() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
+
+
 def test_nobody_at_the_address():
     with JudgeServer() as server:
         address = server.base_url
@@ -510,10 +538,12 @@ def test_what_can_t_be_asked_is_refused(keys: dict[str, Any], says: str):
 
 def test_keys_without_effect_are_named():
     base: dict[str, Any] = {"model": "j", "base_url": "http://localhost/v1"}
-    assert set(Judge(**base, mode="pointwise").idle()) == {"baseline", "opponents", "scale", "policy"}
-    assert set(Judge(**base, policy="strict").idle()) == {"scale"}
-    assert set(Judge(**base, baseline="x").idle()) == {"opponents"}
-    assert Judge(**base).idle() == {}
+    of_vllm = {"revision", "engine_args", "start_timeout"}
+    assert set(Judge(**base, mode="pointwise").idle()) == {"baseline", "opponents", "scale", "policy"} | of_vllm
+    assert set(Judge(**base, policy="strict").idle()) == {"scale"} | of_vllm
+    assert set(Judge(**base, baseline="x").idle()) == {"opponents"} | of_vllm
+    assert set(Judge(**base).idle()) == of_vllm
+    assert set(Judge(model="j", engine="vllm").idle()) == {"api_key_env"}
 
 
 def test_the_cache_holds_what_was_said(server: JudgeServer, tmp_path: Path):

@@ -4,9 +4,8 @@ of a few steps. So must everything that can be added to an objective.
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from evals import run_directory
 from objectives.registry import defaults
 from tests.equivalence.runs import write_rows
 from tests.equivalence.worlds import save_model, save_pairs
+from tests.support import without_forecast
 
 LEARNING_RATE = 1e-3
 CHANGED = 1e-3 * LEARNING_RATE
@@ -292,7 +292,7 @@ Weights = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Weights]]:
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Weights]:
     """Maps rows and words to the weights that a run ends with; every run is made once."""
     folder = tmp_path_factory.mktemp("keys")
     save_model(folder / "model")
@@ -330,14 +330,12 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
             patch.chdir(folder)
             patch.setenv("ALIGN_CACHE", str(folder / "cache"))
             patch.setattr(run_directory, "finish", lambda *args: None)  # report and card, which nothing reads here
+            without_forecast(patch)
             status = main([*(f"--{key}={value}" for key, value in given.items() if key not in named), *words])
         assert status == 0
         return found.setdefault((rows, *words), load_file(folder / given["output_dir"] / "model.safetensors"))
 
-    # The trainer collects garbage in every run, and takes most of its time to look at all that was ever imported.
-    gc.freeze()
-    yield run
-    gc.unfreeze()
+    return run
 
 
 def difference(before: Weights, after: Weights) -> float:

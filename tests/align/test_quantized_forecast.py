@@ -104,7 +104,7 @@ def test_memory_is_less_in_fewer_bits_and_the_budget_is_chosen(tmp_path: Path, m
     assert passes["--load_in_4bit"] - passes[""] == pytest.approx(
         4 * 256 * 1024 * forecasting.KEPT_BY_ALLOCATOR, rel=1e-6
     )
-    recipe = read_recipe(None, words(tmp_path, "--load_in_4bit"))
+    recipe = read_recipe(None, words(tmp_path, "--load_in_4bit", "--gradient_checkpointing=false"))
     roomy = look_ahead(recipe, load_config(recipe.model), table)
     scarce = roomy.peak - 0.4 * roomy.memory["gradients and activations"]
     monkeypatch.setattr(forecasting, "_available", lambda device: scarce)

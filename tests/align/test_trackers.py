@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -247,26 +249,85 @@ def test_online_without_a_key_is_refused_before_anything_is_read(monkeypatch: py
     refuse_without_login(["wandb"])
 
 
-def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("trackio", reason="pip install trackio")
-    monkeypatch.setattr("trackio.utils.TRACKIO_DIR", tmp_path)
-    monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path)
-    opening = Opening(run_dir=tmp_path, project="tests", name="mine", config={"objective": "dpo"})
-    tracker = KINDS["trackio"](opening)
-    tracker.metrics({"train/loss": 0.5}, 3)
-    tracker.samples(SampleTable(name="samples/test", step=3, columns=["prompt", "tokens"], rows=[["a", 7]]))
+@pytest.fixture
+def trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What trackio has stored; in a folder of its own, which it reads from its variable when it is imported."""
+    if importlib.util.find_spec("trackio") is None:
+        pytest.skip("trackio is not installed: pip install trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    for name in [name for name in sys.modules if name.split(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)
+    return importlib.import_module("trackio.sqlite_storage").SQLiteStorage
+
+
+def opening(folder: Path, **keys: Any) -> Opening:
+    return Opening(run_dir=folder, project="tests", name="mine", config={"objective": "dpo"}, **keys)
+
+
+def test_trackio(tmp_path: Path, trackio: Any) -> None:
+    tracker = KINDS["trackio"](opening(tmp_path))
+    for step in (3, 4, 5):
+        tracker.metrics({"train/loss": step / 10}, step)
+    tracker.samples(SampleTable(name="samples/test", step=3, columns=["prompt", "judge"], rows=[[EVIL, None]]))
     tracker.alarm("Likelihood displacement", "step 3: it fell", 3)
     tracker.close(failed=False)
-    again = KINDS["trackio"](Opening(run_dir=tmp_path, project="tests", name="mine", earlier=tracker.entry, step=3))
-    again.metrics({"train/loss": 0.4}, 4)
-    again.close(failed=False)
-    from trackio.sqlite_storage import SQLiteStorage  # pyright: ignore[reportMissingImports]
-
-    logged = SQLiteStorage.get_logs("tests", "mine")
-    assert [(line["step"], line["train/loss"]) for line in logged if "train/loss" in line] == [(3, 0.5), (4, 0.4)]
+    again = KINDS["trackio"](opening(tmp_path, earlier=tracker.entry, step=5))
+    assert again.entry == tracker.entry
+    again.metrics({"train/loss": 0.25}, 6)
+    again.close(failed=True)
+    ((run, name),) = ((each["id"], each["name"]) for each in trackio.get_run_records("tests"))
+    assert {"id": run, "name": name} == {key: tracker.entry[key] for key in ("id", "name")}
+    logged = trackio.get_logs("tests", "mine")
+    losses = [(line["step"], line["train/loss"]) for line in logged if "train/loss" in line]
+    assert losses == [(3, 0.3), (4, 0.4), (5, 0.5), (6, 0.25)]
     (table,) = (line["samples/test"]["_value"] for line in logged if "samples/test" in line)
-    assert table == [{"prompt": "a", "tokens": 7}]
-    assert [alert["text"] for alert in SQLiteStorage.get_alerts("tests")] == ["step 3: it fell"]
+    assert table == [{"prompt": EVIL, "judge": None}]
+    (alert,) = trackio.get_alerts("tests")
+    assert (alert["step"], alert["text"], alert["level"]) == (3, "step 3: it fell", "warn")
+    assert trackio.get_run_config("tests", "mine")["objective"] == "dpo"
+
+
+def test_trackio_goes_on_in_its_own_run_and_in_no_other_of_its_name(tmp_path: Path, trackio: Any) -> None:
+    """trackio resumes the newest run of a name, which may be that of another folder."""
+    first, second = (KINDS["trackio"](opening(tmp_path)) for _ in range(2))
+    for tracker, loss in ((first, 0.1), (second, 0.2)):
+        tracker.metrics({"train/loss": loss}, 1)
+        tracker.close(failed=False)
+    again = KINDS["trackio"](opening(tmp_path, earlier=first.entry, step=1))
+    again.metrics({"train/loss": 0.3}, 2)
+    again.close(failed=False)
+    ids = [first.entry["id"], second.entry["id"], again.entry["id"]]
+    assert len(set(ids)) == 3
+    logged = [[line["train/loss"] for line in trackio.get_logs("tests", run_id=each)] for each in ids]
+    assert logged == [[0.1], [0.2], [0.3]]
+
+
+@pytest.mark.slow
+def test_a_run_in_trackio(folder: Path, trackio: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    alarm_at(2, monkeypatch)
+    words = [*command(folder, "run", save_steps=3, max_steps=6, num_train_epochs=None, logging_steps=1)]
+    words += ["--report_to=trackio", "--run_name=mine", "--project=tests"]
+    assert main(words, measure=measure(folder)) == 0
+    logged = trackio.get_logs("tests", "mine")
+    for line in lines(folder / "run"):
+        names = {tracker_name(key): value for key, value in line.items() if key not in ("step", "alarm/displacement")}
+        assert any(each["step"] == line["step"] and names.items() <= each.items() for each in logged), line
+    alarms = {line["step"]: line["alarm/displacement"] for line in logged if "alarm/displacement" in line}
+    assert alarms == {1: 0, 2: 1, 3: 0, 4: 0, 5: 0, 6: 0}
+    (alert,) = trackio.get_alerts("tests")
+    assert (alert["step"], alert["title"]) == (2, "Likelihood displacement")
+    tables = {line["step"]: line["samples/test"]["_value"] for line in logged if "samples/test" in line}
+    assert tables.keys() == {0, 6}
+    assert [(row["response"], row["judge"]) for row in tables[6]] == [(EVIL, None), (EVIL, 0.25)]
+    assert str(folder) not in json.dumps(trackio.get_run_config("tests", "mine"))
+
+    after_a_crash(folder / "run", 3)
+    assert main([*words, "--resume_from_checkpoint=last"]) == 0
+    (record,) = trackio.get_run_records("tests")
+    assert record["id"] == json.loads((folder / "run" / "trackers.json").read_text())["trackio"]["id"]
+    losses = [(each["step"], each["train/loss"]) for each in trackio.get_logs("tests", "mine") if "train/loss" in each]
+    assert [step for step, _ in losses] == [1, 2, 3, 4, 5, 6, 4, 5, 6]
+    assert losses[6:] == losses[3:6]
 
 
 def test_the_page_names_every_tracker() -> None:

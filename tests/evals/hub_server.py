@@ -1,8 +1,9 @@
-"""As much of the Hub's HTTP interface as pushing a model needs, on this machine.
+"""As much of the Hub's HTTP interface as pushing and fetching a model needs, on this machine.
 
-Speaks: whoami, repository creation and lookup, card validation, preupload, LFS batch, upload and verification, commit.
-Keeps what it was sent: ``server.files[repo_id][path]`` are the bytes of each file, large ones included. What it has, it
-says it has: hashes in the answer to preupload, no upload address for objects that lie there.
+Speaks: whoami, repository creation and lookup, card validation, preupload, LFS batch, upload and verification, commit,
+listing and download. Keeps what it was sent: ``server.files[repo_id][path]`` are the bytes of each file, large ones
+included. What it has, it says it has: hashes in the answer to preupload, no upload address for objects that lie there.
+What is public can be read without a token.
 """
 
 from __future__ import annotations
@@ -60,6 +61,14 @@ def _oid(content: bytes | None, *, large: bool) -> str | None:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+def commit_of(files: dict[str, bytes]) -> str:
+    """Forty digits that change with the files."""
+    digest = hashlib.sha1()
+    for name, content in sorted(files.items()):
+        digest.update(name.encode() + hashlib.sha1(content).digest())
+    return digest.hexdigest()
+
+
 LARGE = (".safetensors", "tokenizer.json")
 """What the Hub would ask to have sent as LFS objects."""
 
@@ -71,6 +80,8 @@ class HubServer:
         self.owner, self.token = owner, token
         self.private: dict[str, bool] = {}
         self.files: dict[str, dict[str, bytes]] = {}
+        self.revisions: dict[tuple[str, str], dict[str, bytes]] = {}
+        """Files of other revisions than main, by repository and name."""
         self.commits: list[str] = []
         self.large: dict[str, bytes] = {}
         self.requests: list[str] = []
@@ -86,6 +97,11 @@ class HubServer:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def at(self, repo: str, revision: str) -> dict[str, bytes] | None:
+        """The files of a revision, by name or commit."""
+        named = {"main": self.files[repo], **{name: of for (each, name), of in self.revisions.items() if each == repo}}
+        return next((of for name, of in named.items() if revision in (name, commit_of(of))), None)
 
     def __enter__(self) -> HubServer:
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
@@ -105,10 +121,14 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Quiet."""
 
+    def do_HEAD(self) -> None:
+        self._note()
+        self._fetch(with_content=False)
+
     def do_GET(self) -> None:
         hub = self.server_state
         self._note()
-        if not self._allowed():
+        if self._fetch(with_content=True) or self._list() or not self._allowed():
             return
         if self.path.startswith("/api/whoami-v2"):
             self._answer({"type": "user", "name": hub.owner, "auth": {"accessToken": {"role": "write"}}, "orgs": []})
@@ -120,6 +140,53 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer({"id": repo, "private": hub.private[repo], "sha": "0" * 40, "tags": [], "siblings": []})
         else:
             self._answer({"error": f"no GET {self.path} here"}, 404)
+
+    def _fetch(self, *, with_content: bool) -> bool:
+        """Answers a request for a file; whether it was one."""
+        hub = self.server_state
+        found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.path)
+        if found is None:
+            return False
+        repo, revision, path = found.groups()
+        files = hub.at(repo, revision) if hub.private.get(repo) is False else None
+        if files is None:
+            self._answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"}, body=with_content)
+            return True
+        commit = {"X-Repo-Commit": commit_of(files)}
+        if path not in files:
+            headers = {**commit, "X-Error-Code": "EntryNotFound"}
+            self._answer({"error": "Entry not found"}, 404, headers, body=with_content)
+            return True
+        content = files[path]
+        headers = {**commit, "ETag": f'"{_oid(content, large=path.endswith(LARGE))}"', "Accept-Ranges": "none"}
+        self._answer(content, 200, headers, kind="application/octet-stream", body=with_content)
+        return True
+
+    def _list(self) -> bool:
+        """Answers a request for the files of a revision; whether it was one."""
+        hub = self.server_state
+        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/?]+)/?(?:\?.*)?", self.path)
+        files = hub.at(found[1], found[2]) if found and hub.private.get(found[1]) is False else None
+        if files is None:
+            return False
+        oids = {path: str(_oid(content, large=path.endswith(LARGE))) for path, content in files.items()}
+        self._answer(
+            [
+                {
+                    "type": "file",
+                    "path": path,
+                    "size": len(content),
+                    "oid": oids[path],
+                    **(
+                        {"lfs": {"oid": oids[path], "size": len(content), "pointerSize": 1}}
+                        if path.endswith(LARGE)
+                        else {}
+                    ),
+                }
+                for path, content in files.items()
+            ]
+        )
+        return True
 
     def do_POST(self) -> None:
         hub = self.server_state
@@ -232,13 +299,20 @@ class _Handler(BaseHTTPRequestHandler):
         return b"".join(parts)
 
     def _answer(
-        self, body: Any, status: int = 200, headers: dict[str, str] | None = None, kind: str = "application/json"
+        self,
+        said: Any,
+        status: int = 200,
+        headers: dict[str, str] | None = None,
+        kind: str = "application/json",
+        *,
+        body: bool = True,
     ) -> None:
-        data = json.dumps(body).encode()
+        data = said if isinstance(said, bytes) else json.dumps(said).encode()
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(data)
+        if body:
+            self.wfile.write(data)

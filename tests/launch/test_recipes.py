@@ -21,6 +21,7 @@ from launch.bench.sampled_rows import sampled, write_sampled
 from launch.recipes import FOLDER, training_recipes
 from objectives import MODIFIERS, OBJECTIVES, REGULARIZERS, RELABELERS, TOKEN_WEIGHTS
 from tests.equivalence.runs import write_rows
+from tests.support import without_forecast
 
 RECIPES = training_recipes()
 OBVIOUS = {"name", "output_dir", "learning_rate", "num_train_epochs", "lr_scheduler_type", "logging_steps"}
@@ -101,6 +102,7 @@ def test_trains_on_real_scored_responses(
     path: Path, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+    without_forecast(monkeypatch)
     words = ["--max_rows=24", "--max_length=160", "--max_dropped_share=0.9", *own_words(path)]
     recipe = read_recipe(path)
     # Plain text has no system message, and these scores are probabilities.
