@@ -131,7 +131,7 @@ def exact_duplicates(patient: Patient) -> list[Finding]:
             again,
             "{rows} of {n} rows ({share}) have a response that an earlier row, otherwise different, has for the same "
             "prompt.",
-            "data.rule, if the pairs are made of scored responses",
+            f"{CLEAN.format('same_answers')}; or data.rule, if the pairs are made of scored responses",
         ),
     ]
 

@@ -95,15 +95,9 @@ def _cut_differences(report: Mapping[str, Any]) -> Finding:
 def _boundaries(report: Mapping[str, Any], kept: int) -> Finding:
     """Rows whose prompt as tokens is no prefix of prompt + response: the boundary moves left."""
     rows = report["boundary_mismatches"]
-    return Finding(
-        check="boundaries",
-        verdict=graded("boundaries", rows, kept),
-        text=f"in {rows} of {kept} rows prompt and response share a token, which counts as response.",
-        key="end prompts where a token ends (a space belongs to the response), or model.chat_template" if rows else "",
-        value=rows / max(kept, 1),
-        n=kept,
-        rows=rows,
-    )
+    text = f"in {rows} of {kept} rows prompt and response share a token, which counts as response."
+    key = "end prompts where a token ends (a space belongs to the response), or model.chat_template"
+    return _counted("boundaries", rows, kept, text, key)
 
 
 def _ends(report: Mapping[str, Any], kept: int, *, chat: bool) -> Finding:
@@ -112,28 +106,28 @@ def _ends(report: Mapping[str, Any], kept: int, *, chat: bool) -> Finding:
     added = max(report["terminator_added"].values(), default=0)
     rows = max(removed, added) if chat else removed
     told = "the template writes" if chat else "plain text has"
-    after = sum(report["tail_removed"].values())
-    return Finding(
-        check="ends",
-        verdict=graded("ends", rows, kept),
-        text=f"{after} responses have something after their end token, which is removed; "
-        f"{sum(report['terminator_added'].values())} get an end token, because {told} none.",
-        key=TEMPLATE if rows else "",
-        value=rows / max(kept, 1),
-        n=kept,
-        rows=rows,
+    text = (
+        f"{sum(report['tail_removed'].values())} responses have something after their end token, which is removed; "
+        f"{sum(report['terminator_added'].values())} get an end token, because {told} none."
     )
+    return _counted("ends", rows, kept, text, TEMPLATE)
 
 
 def _beginnings(report: Mapping[str, Any], kept: int) -> Finding:
     """Texts that begin with the token which the tokenizer puts before every text: it stands there once."""
     rows = report["bos_removed"]
+    text = f"{rows} of {kept} texts begin with the token that the tokenizer adds; one of the two is removed."
+    return _counted("beginnings", rows, kept, text, "leave the token out of the data")
+
+
+def _counted(check: str, rows: int, n: int, text: str, key: str) -> Finding:
+    """What preparation only counts: it names no rows."""
     return Finding(
-        check="beginnings",
-        verdict=graded("beginnings", rows, kept),
-        text=f"{rows} of {kept} texts begin with the token that the tokenizer adds; one of the two is removed.",
-        key="leave the token out of the data" if rows else "",
-        value=rows / max(kept, 1),
-        n=kept,
+        check=check,
+        verdict=graded(check, rows, n),
+        text=text,
+        key=key if rows else "",
+        value=rows / max(n, 1),
+        n=n,
         rows=rows,
     )

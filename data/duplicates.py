@@ -62,6 +62,34 @@ def same_answers(answers: np.ndarray, answered: np.ndarray) -> np.ndarray:
     return found
 
 
+def answers_of_rows_that_stay(answers: np.ndarray, answered: np.ndarray, stays: np.ndarray) -> np.ndarray:
+    """Which rows have a response that an earlier row which stays has for the same prompt, (row,).
+
+    In the order of the rows, so that what leaves makes nothing else leave.
+
+    Args:
+        answers: hashes of prompt with response, uint64, (response,).
+        answered: how many of them each row has, (row,).
+        stays: which rows are considered, (row,).
+    """
+    found = np.zeros(len(answered), dtype=bool)
+    rows = np.repeat(np.arange(len(answered)), answered)
+    considered = stays[rows]
+    rows, own = rows[considered], answers[considered]
+    _, group, counts = np.unique(own, return_inverse=True, return_counts=True)
+    several = counts[group] > 1  # only these can meet: of data without copies few rows, or none
+    taken: set[int] = set()
+    by_row: defaultdict[int, set[int]] = defaultdict(set)
+    for row, number in zip(rows[several].tolist(), group[several].tolist(), strict=True):
+        by_row[row].add(number)
+    for row, numbers in by_row.items():
+        if numbers & taken:
+            found[row] = True
+        else:
+            taken |= numbers
+    return found
+
+
 def contradictory(compared: np.ndarray, side: np.ndarray, stays: np.ndarray) -> np.ndarray:
     """Which rows compare what another one compares with the opposite outcome, (row,).
 

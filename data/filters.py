@@ -98,6 +98,28 @@ class ExactDuplicates:
         return found
 
 
+@FILTERS.register("same_answers")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SameAnswers:
+    """Rows with a response that an earlier row, which stays, has for the same prompt.
+
+        leaves(i)  ⇔  responses i ∩ responses j ≠ ∅ for some j < i of the same prompt that stays
+
+    Of pairs made of a ranking, what stays shares no response, so that none counts twice.
+    """
+
+    needs_model: ClassVar[bool] = False
+    reason: ClassVar[str] = "an earlier row has one of its responses"
+
+    def refuse(self, rows: Surveyed) -> str | None:
+        return None
+
+    def leaving(self, rows: Surveyed, stays: Mask) -> Mask:
+        from data.duplicates import answers_of_rows_that_stay
+
+        return answers_of_rows_that_stay(rows.traits.answers, rows.traits.answered, stays)
+
+
 @FILTERS.register("near_duplicates")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NearDuplicates:

@@ -185,7 +185,7 @@ BASES = [
         "r3", "encoder=second", "questions=closed", "most_words=3", "normalize=true", keys="encoder: first"
     ),
     reward_transform("r3", "highest_relevance=1", keys="encoder: first, questions: closed"),
-    *[row_filter(name) for name in ("exact_duplicates", "identical_pairs", "echo", "contradictions")],
+    *[row_filter(name) for name in ("exact_duplicates", "same_answers", "identical_pairs", "echo", "contradictions")],
     row_filter("near_duplicates", "threshold=0.5", "ngram=1"),
     row_filter("length_ratio", "most=9"),
     row_filter("overlap", "against=[held.jsonl]", "ngram=5", keys="against: [long.jsonl]"),

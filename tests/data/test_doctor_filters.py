@@ -29,6 +29,7 @@ from data.filters import (
     LengthRatio,
     NearDuplicates,
     Overlap,
+    SameAnswers,
     SharedWithEval,
 )
 from data.gathering import load
@@ -72,6 +73,9 @@ def gone(rows, *filters):
         (LengthRatio(most=4), [A, LONG, B], [1]),
         (LengthRatio(most=5.1), [A, LONG, B], []),
         (Echo(), [A, ECHO, C], [1]),
+        (SameAnswers(), [A, {**A, "rejected": " x"}, B, {**B, "prompt": A["prompt"]}, A], [1, 4]),
+        # the third row shares a response only with one that leaves
+        (SameAnswers(), [A, {**A, "rejected": " x"}, {**A, "chosen": " x", "rejected": " y"}], [1]),
         (NearDuplicates(), [A, B, A, {**A, "rejected": B["rejected"]}], [2]),
         (NearDuplicates(), [A, {**A, "prompt": A["prompt"].upper() + "!"}, SWAPPED], [1]),
     ],
@@ -176,7 +180,10 @@ def test_grams_are_the_same_where_words_are(texts, n):
                 assert len(set(own[i].tolist()) & set(own[j].tolist())) == len(sets[0] & sets[1])
 
 
-def test_copies_and_idempotence_of_near_copies(tmp_path):
+@pytest.mark.parametrize("most", [64, 1], ids=["as it is", "compared with one row only"])
+def test_copies_and_idempotence_of_near_copies(tmp_path, monkeypatch, most):
+    """However few rows one is compared with: those that stay meet the same ones the second time."""
+    monkeypatch.setattr("data.duplicates.MOST_COMPARED", most)
     rng = random.Random(5)
     base = pairs(40, seed=2)
     rows = [{k: altered(v, rng.randrange(3), rng) for k, v in rng.choice(base).items()} for _ in range(200)]
@@ -214,6 +221,10 @@ def test_filters_are_idempotent_and_their_order_does_not_matter(tmp_path_factory
     left = stays(rows, EACH)
     assert stays(rows, order) == left
     assert not left or stays(left, EACH) == left
+    once = stays(rows, [SameAnswers()])
+    answers = [(row["prompt"], text) for row in once for text in {row["chosen"], row["rejected"]}]
+    assert len(set(answers)) == len(answers)
+    assert stays(once, [SameAnswers()]) == once
     mixed = rng.sample(rows, len(rows))
     for each in EACH:
         number = len(stays(rows, [each]))
