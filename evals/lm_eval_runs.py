@@ -86,7 +86,8 @@ def evaluate(settings: Mapping[str, Any], folder: Path, metrics: Mapping[str, st
         old.unlink()
     config, log = folder / "config.yaml", folder / "log.txt"
     config.write_text(json.dumps({**settings, "output_path": str(folder), "log_samples": True}, indent=1))
-    command = [sys.executable, "-m", "lm_eval", "run", "--config", str(config)]
+    program = "evals.lm_eval_process" if settings.get("model") == "vllm" else "lm_eval"
+    command = [sys.executable, "-m", program, "run", "--config", str(config)]
     try:
         with log.open("w") as file:
             done = subprocess.run(

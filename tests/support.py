@@ -17,6 +17,14 @@ SHARED = Path(os.environ.get("ALIGN_SHARED") or REPOSITORY.parent / "shared")
 
 VECTORS = REPOSITORY / "tests" / "vectors"
 
+VLLM_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+"""For processes that start vLLM on the CPU."""
+
 
 def once(folder: Path, make: Callable[[Path], None]) -> Path:
     """A folder that the first test process to ask for it fills, and all others read.

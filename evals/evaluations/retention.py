@@ -86,13 +86,16 @@ class Retention:
             raise ValueError(f"lm_eval_args.{own[0]} is set by the evaluation's own keys; use those")
 
     def check(self, job: Job) -> None:
-        """Refuses what lm-eval can't do, and a model that is compared with itself."""
+        """Refuses what lm-eval can't do, what is not installed, and a model that is compared with itself."""
+        from align import vllm_sampler
         from evals.lm_eval_runs import installed
 
         if job.base.quantized:
             raise RecipeError("evals: retention loads whole weights; remove model.load_in_4bit")
         try:
             installed()
+            if self.backend == "vllm":
+                vllm_sampler.require_version(vllm_sampler.installed(), "set backend to hf")
         except RunError as error:
             raise RecipeError(f"evals: retention: {error}") from None
 

@@ -44,10 +44,7 @@ SAME_NOISE = Version(str(installed())) < Version("0.31")
 """Whether vLLM on CPUs draws tokens as ``align.sampling`` does. Later releases have noise of their own."""
 ENVIRONMENT = {
     **os.environ,
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "CUDA_VISIBLE_DEVICES": "",
+    **VLLM_ENVIRONMENT,
     "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
 }
 

@@ -15,14 +15,7 @@ from align import samples as stored
 from data.worlds import POLICY, answer_of, gold_score, problem_of
 from evals.results import Results
 from tests.evals.evaluated import PROMPTS, answers, write_prompts
-from tests.support import REPOSITORY
-
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "CUDA_VISIBLE_DEVICES": "",
-}
+from tests.support import REPOSITORY, VLLM_ENVIRONMENT
 
 
 @pytest.mark.slow
@@ -56,7 +49,7 @@ def test_answers_of_vllm_are_judged_and_verified(tmp_path: Path):
     path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-m", "evals", "run", "--config", str(tmp_path / "eval.yaml")],
-        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path, "ALIGN_CACHE": str(tmp_path / "cache")},
+        env={**os.environ, **VLLM_ENVIRONMENT, "PYTHONPATH": path, "ALIGN_CACHE": str(tmp_path / "cache")},
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from evals.run_settings import Job, read_job
 from evals.scores import read_scores
 from tests.equivalence.runs import write_rows
 from tests.equivalence.worlds import save_model
+from tests.support import REPOSITORY, VLLM_ENVIRONMENT
 
 SUFFIX = 12
 
@@ -50,7 +54,7 @@ def learn_by_heart(source: Path, into: Path, documents: list[str]) -> None:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six documents that the policy knows by heart, six that it never saw, one of which is half a trained one."""
     folder = tmp_path_factory.mktemp("memorised")
-    save_model(folder / "reference", hidden_size=64, intermediate_size=128, num_attention_heads=4)
+    save_model(folder / "reference", hidden_size=64, intermediate_size=128)
     known, unknown = texts(6, 0), texts(6, 1)
     learn_by_heart(folder / "reference", folder / "policy", known)
     write_rows(folder / "known.jsonl", [{"text": text} for text in [*known, "short"]])
@@ -120,6 +124,31 @@ def test_what_was_learned_by_heart_is_written_and_what_was_not_is_not(world: Pat
     lines = list(read_generations(measured))
     assert len(lines) == 12
     assert {each.scores["extraction/exact"] for each in lines if each.dataset.endswith("unknown.jsonl")} == {0.0}
+
+
+@pytest.mark.all
+def test_vllm_continues_documents_likewise(world: Path, measured: Path):
+    """What was learned by heart leaves no near ties: every number of extraction is the same."""
+    pytest.importorskip("vllm", reason="vLLM is not installed: make setup installs it")
+    path = settings(world, world / "vllm")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "serving": {"engine": "vllm", "max_model_len": 64}}))
+    done = subprocess.run(
+        [sys.executable, "-m", "evals", "run", "--config", str(path)],
+        env={**os.environ, **VLLM_ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    one, two = (
+        {k: v for k, v in found(out).items() if k[0].startswith("extraction/")} for out in (measured, world / "vllm")
+    )
+    assert {each.extra["engine"].split()[0] for each in two.values()} == {"vllm"}
+    assert {k: (v.value, v.low, v.high, v.n) for k, v in one.items()} == {
+        k: (v.value, v.low, v.high, v.n) for k, v in two.items()
+    }
+    assert one["extraction/exact", "all"].value >= 5 / 6
 
 
 def test_losses_tell_what_was_trained_on(world: Path, measured: Path):

@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.errors import RecipeError, RunError
+from data.worlds import POLICY
 from evals import lm_eval_runs
 from evals.evaluations.retention import Retention
 from evals.lm_eval_runs import read_results
@@ -22,6 +23,7 @@ from evals.run_settings import read_job
 from evals.scores import read_scores
 from tests.equivalence.runs import write_rows
 from tests.equivalence.worlds import save_model
+from tests.support import VLLM_ENVIRONMENT
 
 STAMP = "2026-01-01T00-00-00.000000"
 
@@ -111,6 +113,16 @@ def test_a_missing_lm_eval_is_told_before_anything_is_loaded(tmp_path: Path, mon
     monkeypatch.setattr(lm_eval_runs.importlib.metadata, "version", missing)
     with pytest.raises(RecipeError, match="lm-eval is not installed; pip install"):
         read_job(str(settings(tmp_path, tmp_path / "model", reference={"model": str(tmp_path / "model")})), [])
+
+
+def test_a_missing_vllm_is_told_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("lm_eval")
+    save_model(tmp_path / "model")
+    monkeypatch.setattr("align.vllm_sampler.installed", lambda: None)
+    keys = {"name": "retention", "tasks": ["a"], "backend": "vllm"}
+    about = settings(tmp_path, tmp_path / "model", reference={"model": str(tmp_path / "model")}, evals=[keys])
+    with pytest.raises(RecipeError, match=r"vLLM is not installed; install it .*, or set backend to hf"):
+        read_job(str(about), [])
 
 
 def test_an_adapter_goes_to_either_backend(tmp_path: Path):
@@ -249,3 +261,42 @@ def test_a_model_before_and_after(shared: Path, tmp_path: Path, monkeypatch: pyt
     unknown = settings(tmp_path, tmp_path / "adapter", base=source, evals=[{"name": "retention", "tasks": ["gsm9k"]}])
     with pytest.raises(RunError, match="lm-eval failed: it knows no task gsm9k"):
         run(read_job(str(unknown), []), say=print)
+
+
+@pytest.mark.all
+def test_vllm_scores_documents_as_transformers_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An adapter on the shipped policy, on choices and on generated words, document by document."""
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("vllm", reason="vLLM is not installed: make setup installs it")
+    for name, value in {**VLLM_ENVIRONMENT, "HF_DATASETS_OFFLINE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    local_tasks(tmp_path / "tasks")
+    model: Any = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(POLICY), LoraConfig(r=4, target_modules="all-linear")
+    )
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    model.save_pretrained(tmp_path / "adapter")
+    evaluation = {
+        "name": "retention",
+        "tasks": ["local_choice", "local_words"],
+        "include_path": str(tmp_path / "tasks"),
+        "metrics": {"local_words": "exact_match"},
+    }
+    by_backend = {}
+    for backend, model_args in (("hf", {}), ("vllm", {"max_model_len": 128})):
+        out = tmp_path / backend
+        about = {
+            "evals": [{**evaluation, "backend": backend, "model_args": model_args}],
+            "out": {"output_dir": str(out)},
+        }
+        run(read_job(str(settings(tmp_path, tmp_path / "adapter", base=POLICY, **about)), []), say=print)
+        by_backend[backend] = read_scores(out), Results.read(out / "results.json").results
+    (hf, results), (vllm, by_vllm) = by_backend.values()
+    assert {key: each.by_prompt for key, each in hf.items()} == {key: each.by_prompt for key, each in vllm.items()}
+    assert [(each.metric, each.value, each.low) for each in results] == [(r.metric, r.value, r.low) for r in by_vllm]
+    changes = {each.value for each in results if each.metric == "retention/score_change"}
+    assert changes != {0.0}, "the adapter does something"
+    assert {each.extra["backend"] for each in by_vllm} == {"vllm"}
