@@ -27,7 +27,6 @@ from typing import Literal
 
 import numpy as np
 from scipy.special import expit
-from sklearn.model_selection import GroupKFold
 
 from evals.bootstrap import bootstrapped, numbers_of
 from evals.measured import Measured, own_prompts
@@ -280,6 +279,8 @@ def _cross_validated(parts: Sequence[_Rows]) -> float:
     features, labels, weights = _table(parts, [np.ones(len(part.p)) for part in parts])
     if len(labels) < FOLDS:
         raise ValueError(f"{len(labels)} verdicts are too few to choose C by {FOLDS} folds; give C a number")
+    from sklearn.model_selection import GroupKFold  # here: its import would be a tenth of the start of every run
+
     losses = np.zeros(len(GRID))
     for train, test in GroupKFold(FOLDS).split(features, groups=np.arange(len(labels))):
         w = None

@@ -19,6 +19,7 @@ import torch
 from hypothesis import settings
 
 from tests.support import SHARED
+from tests.support import plain_runs as make_runs_plain
 
 # One thread: models here are tiny, tests run side by side, and OpenMP's threads wait for each other by spinning, which
 # on a busy machine makes two of them twenty times slower than one.
@@ -46,6 +47,13 @@ def _same_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def plain_runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are shortened where only their numbers are looked at; those of tests marked ``whole_runs`` are not."""
+    if request.node.get_closest_marker("whole_runs") is None:
+        make_runs_plain(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -54,10 +54,19 @@ def common_folder(base: Path, worker: str) -> Path:
 
 
 def without_forecast(patch: pytest.MonkeyPatch) -> None:
-    """Runs start without looking ahead, which is a third of the time of a run of two steps."""
+    """Runs in this process start without looking ahead, which is a quarter of the time of a run of a few steps."""
     from align import forecast
 
-    def no_forecast(*args: Any) -> Any:
+    def no_forecast(*_: Any) -> Any:
         raise forecast.ForecastError("not wanted")
 
     patch.setattr(forecast, "look_ahead", no_forecast)
+
+
+def plain_runs(patch: pytest.MonkeyPatch) -> None:
+    """They also write neither report nor card, another quarter."""
+    from evals import run_directory
+
+    without_forecast(patch)
+    for name in ("write_report", "write_card"):
+        patch.setattr(run_directory, name, lambda *_: None)

@@ -19,6 +19,8 @@ from data.store import Ragged
 from data.worlds import POLICY
 from tests.equivalence.runs import built, recipe_for, write_rows
 
+pytestmark = pytest.mark.usefixtures("plain_runs")
+
 LOGISTIC = {"rtol": 1e-3, "atol": 1e-3}  # where the solver stops
 
 

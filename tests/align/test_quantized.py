@@ -17,6 +17,8 @@ from align.train import main
 from tests.equivalence.test_resume import command, lines
 from tests.equivalence.worlds import save_model
 
+pytestmark = pytest.mark.usefixtures("plain_runs")
+
 pytest.importorskip("bitsandbytes")
 KEYS = {"num_train_epochs": 1, "save_strategy": "no", "save_steps": None, "save_total_limit": None, "logging_steps": 1}
 

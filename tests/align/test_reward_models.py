@@ -19,6 +19,8 @@ from data.worlds import POLICY, candidates, problems, scored
 from tests.equivalence.runs import write_rows
 from tests.equivalence.worlds import save_model, save_pairs
 
+pytestmark = pytest.mark.usefixtures("plain_runs")
+
 FP32_REORDERED = {"rtol": 1e-4, "atol": 1e-5}  # float32 sums in another order, through four layers
 
 

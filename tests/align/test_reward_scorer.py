@@ -34,6 +34,8 @@ from tests.align.sampled import chat, group
 from tests.equivalence.runs import write_rows
 from tests.equivalence.worlds import save_model
 
+pytestmark = pytest.mark.usefixtures("plain_runs")
+
 SAME: dict[str, Any] = {"rel": 1e-5, "abs": 1e-5}  # float32 sums in another order
 
 

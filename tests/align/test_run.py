@@ -17,9 +17,10 @@ from objectives import OBJECTIVES
 from tests.equivalence.test_resume import command, lines
 from tests.equivalence.worlds import write_rows
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("plain_runs")]
 
 
+@pytest.mark.whole_runs
 def test_a_run_directory_holds_everything(folder: Path, capsys: pytest.CaptureFixture):
     assert main(command(folder, "run")) == 0
     run = folder / "run"

@@ -13,7 +13,7 @@ from align.train import main
 from tests.equivalence.runs import write_rows
 from tests.equivalence.test_resume import command, lines
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("plain_runs")]
 
 
 def run(folder: Path, output: str, *more: str, token_budget: int) -> list[dict]:

@@ -17,11 +17,13 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tests.equivalence.test_resume import after_a_crash
+from tests.support import plain_runs
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
@@ -52,6 +54,7 @@ def crash(run: str, copy: str, step: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    plain_runs(pytest.MonkeyPatch())
     path = Path(sys.argv[1])
     for each in json.loads(path.read_text()):
         if each.get("crashed"):

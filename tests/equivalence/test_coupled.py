@@ -20,6 +20,8 @@ from tests.equivalence.test_ranks import compare, launch
 from tests.equivalence.test_resume import after_a_crash, command, lines, same_lines
 from tests.objectives.batches import make_batch, rows_of
 
+pytestmark = pytest.mark.usefixtures("plain_runs")
+
 SFT = ["--objective={name: sft, leg: chosen, per: sequence}"]
 COUPLED = {
     "aot": ["--objective={name: aot, beta: 0.5}"],

@@ -24,6 +24,8 @@ from align.train import main
 from tests.equivalence.test_resume import after_a_crash, command, lines, same_lines
 from tests.support import REPOSITORY
 
+pytestmark = pytest.mark.usefixtures("plain_runs")
+
 LONG = {"num_train_epochs": 12, "save_steps": 4, "save_total_limit": 3}
 ENGINE = "launch/accelerate/cpu_ddp.yaml"
 
@@ -222,6 +224,7 @@ def test_auto_starts_where_there_is_nothing_and_goes_on_where_there_is(folder: P
     same_lines(folder / "run", folder / "straight")
 
 
+@pytest.mark.whole_runs
 def test_checkpoints_of_a_former_course_are_set_aside(folder: Path, capfd: pytest.CaptureFixture[str]):
     """Else they would be taken for the newest, and the ones of the new course deleted in their favour."""
     assert main(command(folder, "run")) == 0

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from align.train import main
 from tests.align.runs import pairs, tiny_model, write_rows
 
+pytestmark = pytest.mark.usefixtures("plain_runs")
+
 KEPT = "--save_strategy=steps", "--save_steps=2"
 REORDERED = {"rtol": 1e-4, "atol": 1e-5}  # float32 sums in another order, through four steps of Adam
 

@@ -25,7 +25,7 @@ FLOAT32_TRAJECTORY = {"rtol": 1e-4, "atol": 2e-5}
 
 RECIPES = Path(__file__).resolve().parents[2] / "launch" / "recipes"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("plain_runs")]
 
 
 def same_numbers(first: Path, second: Path) -> None:

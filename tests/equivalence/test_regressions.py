@@ -15,7 +15,7 @@ from tests.equivalence.test_resume import command, lines
 from tests.equivalence.worlds import save_pairs, write_rows
 from tests.support import REPOSITORY
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("plain_runs")]
 
 
 def test_live_reference_in_bfloat16_is_the_policy(folder: Path):
@@ -51,6 +51,7 @@ def test_before_the_first_update_every_pair_is_a_tie(folder: Path):
     assert lines(folder / "run")[0]["eval/rewards/accuracies"] == 0.5
 
 
+@pytest.mark.whole_runs
 def test_several_datasets_keep_their_names(folder: Path):
     """The report named none of them, and results were filed under the last one."""
     save_pairs(folder / "more.jsonl", number=20, seed=3)

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from align.train import main
 from tests.support import REPOSITORY
 
+pytestmark = pytest.mark.usefixtures("plain_runs")
+
 KEYS = {
     "rows_per_step": 8,
     "token_budget": 400,
@@ -69,6 +71,7 @@ def after_a_crash(run: Path, step: int) -> None:
         file.write('{"step": 99, "lo')
 
 
+@pytest.mark.whole_runs
 @pytest.mark.parametrize(
     "more",
     [

@@ -31,6 +31,8 @@ if os.environ["RANK"] == "1":
     saving.checkpoints = lambda folder: []
     saving.verify = saving.find_checkpoint = saving.refuse_other_recipe = saving.refuse_other_engine = asked
 from align.train import main
+
+pytestmark = pytest.mark.usefixtures("plain_runs")
 sys.exit(main())
 """
 

@@ -19,6 +19,8 @@ from align.trainer import _from_json, _to_json
 from tests.equivalence.runs import write_rows
 from tests.equivalence.test_resume import after_a_crash, command, lines, same_lines
 
+pytestmark = pytest.mark.usefixtures("plain_runs")
+
 BCO = ["--objective.name=bco", "--objective.beta=0.5", "--objective.prompt_encoder=policy"]
 SFT = ["--objective.name=sft", "--objective.leg=gold"]
 RUNS = {

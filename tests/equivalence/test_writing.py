@@ -38,6 +38,8 @@ from tests.equivalence.test_lifetime import same_weights, wait_for_checkpoint
 from tests.equivalence.test_resume import after_a_crash, command, same_lines
 from tests.support import REPOSITORY
 
+pytestmark = pytest.mark.usefixtures("plain_runs")
+
 LATER = "--async_save"
 PATIENCE = 60.0
 MOVING = ["--reference.source=live", '--modifiers=[{"name":"tr_dpo","sync_steps":2,"sync_alpha":0.5}]']
@@ -362,6 +364,7 @@ def test_copies_that_have_no_place_are_refused(monkeypatch: pytest.MonkeyPatch):
         replace(AHEAD, memory=memory, available=170.0).refuse_copies()
 
 
+@pytest.mark.whole_runs
 def test_a_run_without_place_for_copies_stops_before_it_costs_anything(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
