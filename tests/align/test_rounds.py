@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -68,8 +69,21 @@ def numbers(measured: list[Evaluation]) -> list[dict[str, Any]]:
     return [each.as_json() for each in measured]
 
 
+@pytest.fixture(params=["here", pytest.param("processes", marks=pytest.mark.all)])
+def stages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages in this process, which takes a tenth of the time, or in processes of their own."""
+
+    def run(runner: Runner, folder: Path, number: int, name: str, words: list[str]) -> None:
+        runner.say(f"round {number}: {name}")
+        module = importlib.import_module(words[1] if words[0] == "-m" else "align.train")
+        assert module.main(words[words.index("--config") :]) == 0
+
+    if request.param == "here":
+        monkeypatch.setattr(Runner, "_command", run)
+
+
 @pytest.mark.slow
-def test_two_rounds(world: Path):
+def test_two_rounds(world: Path, stages: None):
     measured, said = rounds(world)
     assert [each.round for each in measured] == [0, 1, 2]
     assert {each.prompts for each in measured} == {20}
