@@ -158,7 +158,7 @@ def test_qalign_at_high_beta_is_plain_sampling(tmp_path: Path, monkeypatch: pyte
     """Nothing is rejected but for lengths, so states are draws from the model: their answers are distributed alike."""
     words = world(tmp_path, 1)
     chain = [*words, "--scorers=world_answer", "--strategy=qalign", "--strategy.beta=1e6"]
-    found = read_answer(None, [*chain, "--steps=40", "--chains=40", "--burn_in=8", "--final=vote"])
+    found = read_answer(None, [*chain, "--steps=16", "--chains=40", "--burn_in=8", "--final=vote"])
     counts: Counter[str] = Counter()
     from align import chains
 

@@ -343,7 +343,7 @@ def test_a_model_without_attention_trains(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("adapter", [False, pytest.param(True, marks=pytest.mark.all)], ids=["full", "lora"])
 def test_memory_is_forecast_within_15_percent(tmp_path: Path, adapter: bool):
     """In a process of its own, with 20 million weights, so that they and not the program's own memory decide."""
     size = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8}

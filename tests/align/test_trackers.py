@@ -26,7 +26,10 @@ KEY = "0123456789abcdef" * 2 + "01234567"
 EVIL = 'a | b <script>alert("x")</script>\nsecond line'
 
 # W&B and TensorBoard's own.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+pytestmark = [
+    pytest.mark.usefixtures("plain_runs"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),
+]
 
 
 @pytest.fixture
@@ -77,6 +80,7 @@ def alarm_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DisplacementAlarm, "_look", look)
 
 
+@pytest.mark.whole_runs
 @pytest.mark.slow
 def test_a_run_in_weights_and_biases_and_tensorboard(
     folder: Path, offline: None, monkeypatch: pytest.MonkeyPatch

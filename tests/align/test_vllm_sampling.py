@@ -240,6 +240,7 @@ def test_a_server_killed_in_the_middle(shared: Path, tmp_path: Path, monkeypatch
                 assert a.logprob == pytest.approx(b.logprob, abs=5e-3)
 
 
+@pytest.mark.all
 def test_a_judge_on_a_vllm_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Verdicts of a model that must give one (by guided decoding), and of one that talks nonsense."""
     monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))

@@ -18,7 +18,7 @@ from tests.evals.evaluated import PROMPTS, answers, write_prompts
 from tests.support import REPOSITORY, VLLM_ENVIRONMENT
 
 
-@pytest.mark.slow
+@pytest.mark.all
 def test_answers_of_vllm_are_judged_and_verified(tmp_path: Path):
     pytest.importorskip("vllm", reason="vLLM is not installed: make setup installs it")
     prompts = {"dataset_name": str(write_prompts(tmp_path / "prompts.jsonl"))}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from align.train import main as train
+from evals import run_directory
 from evals.__main__ import main
 from evals.generations_file import read_generations
 from evals.pair_rows import read_pairs
@@ -16,8 +20,27 @@ from evals.results import Result, Results
 from evals.scores import read_scores
 from tests.equivalence.test_resume import command, lines
 from tests.equivalence.worlds import save_model, write_rows
+from tests.support import without_forecast
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def _evaluations_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs measure themselves in this process, to save the start of another; those of ``whole_runs`` in their own."""
+    if request.node.get_closest_marker("whole_runs") is not None:
+        return
+
+    def here(_: Any, output_dir: Path, say: Callable[[str], None]) -> str | None:
+        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+            status = main(["run", str(output_dir)])
+        told = said.getvalue().splitlines()
+        for line in told:
+            say(f"evals: {line}")
+        return None if status == 0 else told[-1].removeprefix("error: ")
+
+    without_forecast(monkeypatch)
+    monkeypatch.setattr(run_directory, "_evaluated", here)
 
 
 def evaluate(folder: Path, *words: str, output: str = "out") -> Path:
@@ -75,6 +98,7 @@ def test_a_second_evaluation_joins_the_first(folder: Path):
     assert values(out)["ranking/accuracy", 0].n == 30, "the same metric on the same split is replaced"
 
 
+@pytest.mark.whole_runs
 def test_a_run_measures_itself_at_its_end(folder: Path):
     """On its held-out rows, with the numbers that evaluation on the way had."""
     evals = "--evals=[{name: ranking, betas: [0.1, 0.5]}, ches]"

@@ -16,7 +16,7 @@ from evals.documents import Documents, trained_rows
 from evals.results import Results
 from tests.equivalence.test_resume import command
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("plain_runs")]
 SHORT = {"save_strategy": "no", "save_steps": None, "num_train_epochs": None, "max_steps": 3}
 Row = tuple[int, ...]
 

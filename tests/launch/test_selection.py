@@ -178,7 +178,7 @@ def test_quick_numbers_are_not_published():
         selection.main(["--quick", "--into", str(selection_page.NUMBERS)])
 
 
-@pytest.mark.slow
+@pytest.mark.all
 def test_it_runs(tmp_path: Path):
     """All of it with tiny numbers, and chains and curves again from the samples that are there."""
     words = ["--quick", "--into", str(tmp_path / "found.json"), "--output_dir", str(tmp_path / "runs")]
