@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from align import samples as stored
 from align.errors import RecipeError, RunError
@@ -101,6 +101,32 @@ def test_gold_against_the_reference(world: World, tmp_path: Path):
     }
     assert (extra["seed"], extra["samples"], extra["dropped"]) == (5, 1, {})
     assert extra["template"]
+
+
+def test_a_reward_model_judges(world: World, tmp_path: Path):
+    """A head of random weights, against its own forward on template, answer and end token, answer by answer."""
+    torch.manual_seed(3)
+    judging = AutoModelForSequenceClassification.from_pretrained(POLICY, num_labels=1, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(POLICY)
+    for each in (judging, tokenizer):
+        each.save_pretrained(tmp_path / "judge")
+    found, _ = world.evaluate(tmp_path / "out", win_rate({"name": "reward_model", "model": str(tmp_path / "judge")}))
+
+    def score(line: Any) -> float:
+        messages = [*line.prompt, {"role": "assistant", "content": line.text}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = text[: text.rindex(tokenizer.eos_token)] + tokenizer.eos_token
+        with torch.no_grad():
+            return float(judging(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits[0, 0])
+
+    ours, theirs = (answers(tmp_path / "out", name) for name in ("policy", "start"))
+    by_hand = np.array([[score(line) for line in lines] for lines in (ours, theirs)])
+    assert [each.scores["judge"] for each in ours] == pytest.approx(by_hand[0], rel=1e-5, abs=1e-5)
+    wanted = beats(*by_hand)
+    assert found["win_rate/raw", "all"].value == pytest.approx(wanted.mean())
+    assert [each.scores["win_rate/raw"] for each in ours] == wanted.tolist()
+    assert 0 < wanted.mean() < 1
+    assert found["win_rate/raw", "all"].extra["judge"] == "judge", "named by its folder"
 
 
 def test_a_soft_win_by_scores(world: World, tmp_path: Path):
