@@ -35,7 +35,7 @@ from tests.align.sampled import chat
 from tests.align.test_sample import save_adapter, write
 from tests.align.vllm_jobs import WORDS, job
 from tests.equivalence.worlds import save_model
-from tests.support import REPOSITORY, common_folder, once
+from tests.support import REPOSITORY, VLLM_ENVIRONMENT, common_folder, once
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("vllm", reason="vLLM is not installed: make setup installs it")

@@ -6,6 +6,7 @@ import gzip
 import json
 import time
 from collections import Counter
+from pathlib import Path
 
 import datasets
 import pytest
