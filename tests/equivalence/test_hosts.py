@@ -24,7 +24,7 @@ ADDRESSES = ("10.213.7.1", "10.213.7.2")
 LINKS = ("align-va", "align-vb")
 SETTINGS = {"PORT": "29541", "GPUS": "1", "LAUNCHER": str(Path(sys.executable).parent / "accelerate")}
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.all,
     pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="making network namespaces takes root"),
 ]
 

@@ -57,7 +57,7 @@ def compare(found: list[dict], wanted: list[dict]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [[], ["--lora.r=4"]], ids=["full", "lora"])
+@pytest.mark.parametrize("more", [[], pytest.param(["--lora.r=4"], marks=pytest.mark.all)], ids=["full", "lora"])
 def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]):
     save_model(tmp_path / "model")
     save_pairs(tmp_path / "pairs.jsonl")

@@ -56,7 +56,7 @@ def trl_trajectory(model, tokenizer, rows, learning_rate, output_dir, **settings
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("adapter", [False, pytest.param(True, marks=pytest.mark.all)], ids=["full", "lora"])
 def test_twenty_steps_equal_trl(shared: Path, tmp_path: Path, adapter: bool):
     model_path = shared / "models" / "stories260k"
     tokenizer = AutoTokenizer.from_pretrained(model_path)

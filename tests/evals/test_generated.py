@@ -18,7 +18,7 @@ from align.errors import RecipeError, RunError
 from align.prompts import PromptSection, read_prompts
 from align.sampling import Sampling
 from data.worlds import POLICY, candidates, gold_score, problem_of, problems
-from evals import sampled
+from evals import controlled, sampled
 from evals.compare import compare, read_run
 from evals.evaluations.generations import measured_of, sample_during
 from evals.length_control import length_controlled
@@ -264,8 +264,11 @@ def many(path: Path, prompts: int, models: int) -> dict[str, Any]:
     return win_rate("gold", baseline=listed, prompts={"dataset_name": str(path)}, tau=0.3)
 
 
-def test_style_and_difficulty_are_held_fixed_where_they_are_asked_for(world: World, tmp_path: Path):
+def test_style_and_difficulty_are_held_fixed_where_they_are_asked_for(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Joint over ten models, its difficulties frozen in a file, which the next evaluation reads; style at once."""
+    monkeypatch.setattr(controlled, "DRAWS", 60)  # of the bootstrap, whose width nothing here depends on
     keys = many(tmp_path / "many.jsonl", prompts=52, models=10)
     where: dict[str, Any] = {"drawn": False, "reference": {"model": "none"}}
     out = tmp_path / "joint"
