@@ -156,21 +156,3 @@ class RowScorer:
         if of_states is not None:
             found |= of_states(scores["states"], batch)
         return found
-
-
-def sums_of_states(states: Tensor, batch: PackedBatch, leg: str) -> tuple[Tensor, Tensor]:
-    """Sum of the states that predict a leg's tokens, and the last of them, of every row.
-
-    Args:
-        states: of all response tokens of the batch, (response, hidden), any floating type.
-        batch: knows which are whose.
-        leg: one of its legs.
-    Returns:
-        Sums in float64, (row, hidden), and the states that predict the last token, the same.
-    """
-    place = batch.legs[leg]
-    lengths = place.mask.sum(dim=1)
-    own = states[place.slot[place.mask]].double()
-    rows = torch.repeat_interleave(torch.arange(len(lengths), device=own.device), lengths)
-    sums = own.new_zeros(len(lengths), own.shape[1]).index_add_(0, rows, own)
-    return sums, own[lengths.cumsum(0) - 1]

@@ -11,13 +11,13 @@ import torch
 from torch.nn import functional
 
 from align import model as models
-from align.scoring import RowScorer, sums_of_states
+from align.scoring import RowScorer
 from align.sections import ModelSection
 from data.pack import pack
 from data.store import TokenTable
 from data.tokens import TokenRow
 from evals import loading
-from evals.ches import of_batch, similarities
+from evals.ches import of_batch, similarities, sums_of_states
 from tests.align.runs import tiny_model
 from tests.align.tiny import CONFIGS, float64_throughout, mamba, model_of, random_table
 
