@@ -96,6 +96,7 @@ class Retention:
             installed()
             if self.backend == "vllm":
                 vllm_sampler.require_version(vllm_sampler.installed(), "set backend to hf")
+                _refuse_adapters_on_cpus(job)
         except RunError as error:
             raise RecipeError(f"evals: retention: {error}") from None
 
@@ -291,3 +292,19 @@ class Retention:
             Result.of(score, metric="retention/score", **where, extra=extra),
             Result.of(test.difference, metric="retention/score_change", **where, extra=extra | compared | tested),
         ]
+
+
+def _refuse_adapters_on_cpus(job: Job) -> None:
+    """Choices are scored by log-probs of prompts, at which vLLM's adapters for CPUs fail (0.30: an error of einsum)."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    other = job.compared_with
+    adapters = [job.adapter, None if other in (None, "base") else job.located(other)[1]]
+    # A run that is yet to be trained has no folder, and names a base only where it will be an adapter.
+    if any(adapters) or job.model.base_model_name_or_path is not None:
+        raise RecipeError(
+            "evals: retention: vLLM on CPUs can't score choices under adapters; set backend to hf, or merge the adapter "
+            "(python -m align.export RUN MODEL --merge)"
+        )

@@ -41,13 +41,13 @@ def write_prompts(path: Path, number: int = PROMPTS) -> Path:
     return path
 
 
-def save_start(folder: Path) -> Path:
-    """The policy with a little noise: a reference that answers otherwise."""
+def save_start(folder: Path, noise: float = 0.05) -> Path:
+    """The policy with noise of this standard deviation on every weight: a reference that answers otherwise."""
     model = AutoModelForCausalLM.from_pretrained(POLICY, dtype=torch.float32)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+            parameter.add_(noise * torch.randn_like(parameter))
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(POLICY).save_pretrained(folder)
     return folder

@@ -23,6 +23,7 @@ from evals.run_settings import read_job
 from evals.scores import read_scores
 from tests.equivalence.runs import write_rows
 from tests.equivalence.worlds import save_model
+from tests.evals.evaluated import save_start
 from tests.support import VLLM_ENVIRONMENT
 
 STAMP = "2026-01-01T00-00-00.000000"
@@ -123,6 +124,30 @@ def test_a_missing_vllm_is_told_before_anything_is_loaded(tmp_path: Path, monkey
     about = settings(tmp_path, tmp_path / "model", reference={"model": str(tmp_path / "model")}, evals=[keys])
     with pytest.raises(RecipeError, match=r"vLLM is not installed; install it .*, or set backend to hf"):
         read_job(str(about), [])
+
+
+def test_adapters_in_vllm_on_cpus_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Policy or reference, there or yet to be trained; on a GPU they go on."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr("align.vllm_sampler.installed", lambda: "0.30.0")
+    save_model(tmp_path / "model")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), LoraConfig(r=4)).save_pretrained(
+        tmp_path / "adapter"
+    )
+    keys: dict[str, Any] = {"evals": [{"name": "retention", "tasks": ["a"], "backend": "vllm"}]}
+    plain = {"reference": {"model": str(tmp_path / "model")}}
+    read_job(str(settings(tmp_path, tmp_path / "model", **keys, **plain)), [])
+    for model, more in (
+        ("adapter", {"base": tmp_path / "model"}),
+        ("model", {"reference": {"model": str(tmp_path / "adapter")}}),
+        ("not_yet", {"base": tmp_path / "model", **plain}),
+    ):
+        path = settings(tmp_path, tmp_path / model, **keys, **more)
+        with pytest.raises(RecipeError, match=r"vLLM on CPUs can't score choices under adapters; set backend to hf"):
+            read_job(str(path), [])
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            read_job(str(path), [])
 
 
 def test_an_adapter_goes_to_either_backend(tmp_path: Path):
@@ -264,24 +289,14 @@ def test_a_model_before_and_after(shared: Path, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.all
-@pytest.mark.skip(
-    reason="vLLM 0.30 on CPUs ends with an error of einsum where an adapter's prompt log-probs are asked for"
-)
 def test_vllm_scores_documents_as_transformers_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """An adapter on the shipped policy, on choices and on generated words, document by document."""
+    """The shipped policy against itself with noise, on choices and on generated words, document by document."""
     pytest.importorskip("lm_eval")
     pytest.importorskip("vllm", reason="vLLM is not installed: make setup installs it")
     for name, value in {**VLLM_ENVIRONMENT, "HF_DATASETS_OFFLINE": "1"}.items():
         monkeypatch.setenv(name, value)
     local_tasks(tmp_path / "tasks")
-    model: Any = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(POLICY), LoraConfig(r=4, target_modules="all-linear")
-    )
-    torch.manual_seed(0)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.05)
-    model.save_pretrained(tmp_path / "adapter")
+    save_start(tmp_path / "noisy", noise=0.2)
     evaluation = {
         "name": "retention",
         "tasks": ["local_choice", "local_words"],
@@ -295,11 +310,14 @@ def test_vllm_scores_documents_as_transformers_does(tmp_path: Path, monkeypatch:
             "evals": [{**evaluation, "backend": backend, "model_args": model_args}],
             "out": {"output_dir": str(out)},
         }
-        run(read_job(str(settings(tmp_path, tmp_path / "adapter", base=POLICY, **about)), []), say=print)
+        run(
+            read_job(str(settings(tmp_path, tmp_path / "noisy", reference={"model": str(POLICY)}, **about)), []),
+            say=print,
+        )
         by_backend[backend] = read_scores(out), Results.read(out / "results.json").results
     (hf, results), (vllm, by_vllm) = by_backend.values()
     assert {key: each.by_prompt for key, each in hf.items()} == {key: each.by_prompt for key, each in vllm.items()}
     assert [(each.metric, each.value, each.low) for each in results] == [(r.metric, r.value, r.low) for r in by_vllm]
     changes = {each.value for each in results if each.metric == "retention/score_change"}
-    assert changes != {0.0}, "the adapter does something"
+    assert changes != {0.0}, "noise does something"
     assert {each.extra["backend"] for each in by_vllm} == {"vllm"}
