@@ -305,6 +305,6 @@ def _refuse_adapters_on_cpus(job: Job) -> None:
     # A run that is yet to be trained has no folder, and names a base only where it will be an adapter.
     if any(adapters) or job.model.base_model_name_or_path is not None:
         raise RecipeError(
-            "evals: retention: vLLM on CPUs can't score choices under adapters; set backend to hf, or merge the adapter "
-            "(python -m align.export RUN MODEL --merge)"
+            "evals: retention: vLLM on CPUs can't score choices under adapters; set backend to hf, or merge the "
+            "adapter (python -m align.export RUN MODEL --merge)"
         )
