@@ -236,7 +236,7 @@ class ObjectiveTrainer(Trainer):
             coef = self.router_coef / len(batch.legs)
             router = Term(values=scores["router"], per="row", coef=coef)
             output = Output(terms={**output.terms, "router": router}, metrics=output.metrics)
-        return output, legs, 0.0 * scores["values" if "values" in scores else "logps"].sum()
+        return output, legs, nothing_of(scores)
 
     # ---- what couples the rows of a step ----
 
@@ -668,6 +668,17 @@ def _from_json(state: Mapping[str, Any]) -> dict[str, Tensor]:
         )
         for name, entry in state.items()
     }
+
+
+def nothing_of(scores: Mapping[str, Any]) -> Tensor:
+    """Zero, as a function of every output of the model that has a gradient.
+
+    A filler batch, whose loss asks for none of them, goes through the backward pass as others do: engines that divide
+    weights gather them again for each output, all processes in one order.
+    """
+    outputs = [each for each in scores.values() if isinstance(each, Tensor) and each.requires_grad]
+    parts = [each.flatten()[:0].sum() for each in outputs]  # not by a factor of 0, which leaves NaN what it is
+    return torch.stack(parts).sum() if parts else torch.zeros(())
 
 
 def _row_sums(batch: PackedBatch, legs: LegBatch) -> dict[str, np.ndarray]:

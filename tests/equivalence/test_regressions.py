@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from align.train import main
+from align.trainer import nothing_of
 from tests.equivalence.test_resume import command, lines
 from tests.equivalence.worlds import save_pairs, write_rows
 from tests.support import REPOSITORY
@@ -157,3 +160,15 @@ def test_where_flex_attention_fails_dense_masks_are_tried_before_prompts_are_rep
     checks = json.loads((folder / "run" / "checks.json").read_text())
     assert checks[0]["check"] == "shared prompts equal separate sequences"
     assert "no compiler" in checks[0]["detail"]
+
+
+def test_filler_batches_go_back_through_every_output():
+    """Engines that divide weights waited for each other for ever: an output no loss asked for was left out."""
+    outputs = {
+        name: torch.full((3,), value, requires_grad=True) for name, value in (("logps", -1.0), ("nan", math.nan))
+    }
+    nothing = nothing_of({**outputs, "told": torch.ones(2), "head": object()})
+    nothing.backward()
+    assert nothing.item() == 0.0
+    assert all(torch.equal(each.grad, torch.zeros(3)) for each in outputs.values())  # type: ignore[arg-type]
+    assert nothing_of({"told": torch.ones(2)}).item() == 0.0
