@@ -22,7 +22,7 @@ class InitialWeights:
     """Regularizers on the difference to the weights a run started from, whether or not it was resumed since.
 
     Args:
-        model: before training, before it is wrapped, and before a checkpoint is read.
+        model: of which ``keep`` will be told the weights.
         regularizers: by name.
     """
 
@@ -31,13 +31,17 @@ class InitialWeights:
         self.averages = [each for each in regularizers.values() if isinstance(each, Averaging)]
         self.names = tuple(regularizers)
         self.with_adapter = hasattr(model, "peft_config")
-        keep = bool(self.penalties) or (bool(self.averages) and not self.with_adapter)
-        # On the CPU where it is read once, at the end; where it is read in every step, beside the parameters.
-        self.initial: dict[str, Tensor] = {
-            name: (value.detach().clone() if self.penalties else value.detach().to("cpu", copy=True))
-            for name, value in (model.named_parameters() if keep else ())
-            if value.requires_grad
-        }
+        self.initial: dict[str, Tensor] = {}
+
+    def keep(self, model: nn.Module) -> None:
+        """Copies the weights, whole or in this process's parts: before training, and before a checkpoint is read."""
+        if self.penalties or (self.averages and not self.with_adapter):
+            # On the CPU where it is read once, at the end; where it is read in every step, beside the parameters.
+            self.initial = {
+                name: (value.detach().clone() if self.penalties else value.detach().to("cpu", copy=True))
+                for name, value in model.named_parameters()
+                if value.requires_grad
+            }
 
     def add_gradients(self, model: nn.Module) -> dict[str, Tensor]:
         """Adds the penalties' gradients to those of the loss, once per step, and returns the penalties.
@@ -71,7 +75,8 @@ class InitialWeights:
                     continue
                 with gathered(value, change=True):
                     if not self.with_adapter:
-                        value.copy_(averaging.averaged(value, like(self.initial[name], value)))
+                        initial = self.initial.get(name, value)  # of ZeRO-3, the first process has them
+                        value.copy_(averaging.averaged(value, like(initial, value)))
                     elif "lora_B" in name or "lora_embedding_B" in name:
                         # The adapter starts with this factor at 0: the average of merged weights scales it.
                         value.copy_(averaging.averaged(value, torch.zeros_like(value)))

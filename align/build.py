@@ -21,7 +21,7 @@ from align import model as models
 from align.anchors import InitialWeights, MovingReference
 from align.assemble import Say, bytes_to_copy, bytes_to_save, total_steps, train_plan, training_arguments, world_size
 from align.density import DensityRatio
-from align.engines import launched, partition, shards_weights, size, whole_weights
+from align.engines import is_reader, launched, partition, shards_weights, size, whole_weights
 from align.errors import RunError
 from align.forecast import Fit, skeleton
 from align.forward import causal_lm
@@ -154,6 +154,8 @@ def build(
     trackers = Trackers([name for name in recipe.train.report_to if name in KINDS], alarm, say)
     penalties = {entry.name: entry.built for entry in recipe.regularizers}
     anchor = InitialWeights(model, penalties) if penalties else None
+    if anchor is not None and launched() != "fsdp2" and is_reader():
+        anchor.keep(model)
     if launched() == "zero3":
         partition(model)
     trainer = ObjectiveTrainer(

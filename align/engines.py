@@ -6,15 +6,16 @@ The trainer, the forward and the objectives do not know them. What has to be kno
                nothing between uses, and its size is in ``ds_numel``
     FSDP2      parameters are DTensors, of which every process has a part
 
-Weights are read whole, into the host memory of every process, where their fingerprint is taken; engines that divide
-them do so afterwards, parameter by parameter, so that no device ever holds all of a model that is larger than it.
+Weights are read whole into host memory, where their fingerprint is taken: by every process, or by one for all where
+the engine divides them (``align.read_once``). That happens afterwards, parameter by parameter, so that no device ever
+holds all of a model that is larger than it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -79,8 +80,37 @@ def whole_weights() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = held
 
 
+def is_reader() -> bool:
+    """Whether this process has read the weights, and did not make room for them alone."""
+    return int(os.environ.get("RANK", "0")) == 0 or not shards_weights(launched())
+
+
+def before_fsdp(model: nn.Module) -> dict[str, Tensor]:
+    """Whole weights by name, for ``fill``; where they were not read, none."""
+    return {name: value.detach() for name, value in model.named_parameters()} if is_reader() else {}
+
+
+@torch.no_grad()
+def fill(model: nn.Module, weights: Mapping[str, Tensor], device: torch.device) -> None:
+    """Sends every process its parts of what one has read, one parameter after the other.
+
+    Args:
+        model: divided by FSDP2, which sends nothing itself.
+        weights: as ``before_fsdp`` gave them.
+        device: through which processes talk.
+    """
+    for name, value in model.named_parameters():
+        if is_reader():
+            whole = weights[name].to(device, value.dtype).contiguous()
+        else:
+            whole = torch.empty(value.shape, dtype=value.dtype, device=device)
+        torch.distributed.broadcast(whole, 0)
+        value.copy_(like(whole, value))
+
+
 def partition(model: nn.Module) -> None:
-    """Divides a model's parameters for ZeRO-3, one after the other: DeepSpeed itself would move all of them first."""
+    """Divides the weights of the process that read them for ZeRO-3, one parameter after the other: DeepSpeed itself
+    would move all of them first."""
     import deepspeed
     from transformers.integrations.deepspeed import deepspeed_config
 
@@ -94,7 +124,9 @@ def prepare_frozen(accelerator: Any, model: Any) -> nn.Module:
     if kind == "FSDP":
         from accelerate.utils import fsdp_utils
 
+        weights = before_fsdp(model)
         fsdp_utils.fsdp2_prepare_model(accelerator, model)  # in place
+        fill(model, weights, accelerator.device)
         return model
     if kind == "DEEPSPEED":
         return _frozen_by_deepspeed(accelerator, model)

@@ -16,7 +16,8 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from align.engines import whole_weights
+from align import read_once
+from align.engines import launched, shards_weights, whole_weights
 from align.errors import RunError
 from align.forward import bind, causal_lm
 from align.sections import LoraSection, ModelSection
@@ -231,6 +232,8 @@ def load_weights(
     wanted = attention(section, config)
     kind: Any = AutoModelForSequenceClassification if values else AutoModelForCausalLM
     fresh = bool(values) and not is_reward_model(config)
+    if values:
+        config = with_head(config, values, name)
     fallbacks = ["sdpa", "eager"] if section.attn_implementation == "auto" else []
     for implementation in dict.fromkeys([wanted, *fallbacks]):
         try:
@@ -243,7 +246,7 @@ def load_weights(
                     trust_remote_code=section.trust_remote_code,
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,  # so that they are ours to name, below
-                    **({"config": with_head(config, values, name)} if values else {}),
+                    **({"config": config} if values else {}),
                     **_quantization(section, dtype),
                 )
             model, info = loaded
@@ -270,6 +273,31 @@ def load_weights(
             "copy or download the model again"
         )
     return model
+
+
+def load_divided(
+    section: ModelSection,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    name: str | None = None,
+    values: tuple[str, ...] = (),
+) -> PreTrainedModel:
+    """``load_weights`` for the engine this run was launched on: where it divides weights, one process reads for all."""
+    if not shards_weights(launched()):
+        return load_weights(section, config, dtype, name, values)
+
+    def make(attention: str) -> nn.Module:
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+        kind: Any = AutoModelForSequenceClassification if values else AutoModelForCausalLM
+        return kind.from_config(
+            with_head(config, values, name or section.model_name_or_path) if values else config,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=section.trust_remote_code,
+        )
+
+    return read_once.read(lambda: load_weights(section, config, dtype, name, values), make)
 
 
 def _quantization(section: ModelSection, dtype: torch.dtype) -> dict[str, Any]:
@@ -314,7 +342,7 @@ def policy(
         values: outputs of a scalar head, for a reward model.
     """
     # What is trained is kept in float32: bfloat16 rounds small updates to nothing. Frozen weights need not be.
-    model: nn.Module = load_weights(section, config, torch.float32 if lora is None else dtype, values=values)
+    model: nn.Module = load_divided(section, config, torch.float32 if lora is None else dtype, values=values)
     if lora is not None:
         model = add_adapter(model, lora)
     bind(model)
@@ -455,13 +483,17 @@ def switch_off_dropout(model: nn.Module) -> None:
 
 
 def weights_fingerprint(model: nn.Module, *, without_adapter: bool = False) -> str:
-    """Content hash of all weights, names, shapes and types.
+    """Content hash of all weights, names, shapes and types; all processes of a run have to ask for it.
 
     Args:
         model: before it is wrapped or sharded.
         without_adapter: leave out adapter weights, for an adapter that does nothing yet: its random factor would
             otherwise give every seed a key of its own.
     """
+    return read_once.of_reader(lambda: _hashed(model, without_adapter))
+
+
+def _hashed(model: nn.Module, without_adapter: bool) -> str:
     state = xxhash.xxh3_128()
     for name, tensor in sorted(model.state_dict().items()):
         if without_adapter and ("lora_" in name or "modules_to_save" in name):

@@ -16,7 +16,7 @@ from align.density import DensityRatio
 from align.engines import launched, prepare_frozen, shards_weights
 from align.errors import RunError
 from align.logps_store import StoredLogps
-from align.model import load_config, load_weights
+from align.model import load_config, load_divided
 from align.recipe import Recipe
 from align.reference import (
     ReferenceKey,
@@ -209,7 +209,7 @@ def load_frozen(recipe: Recipe, dtype: torch.dtype, tokenizer_size: int) -> torc
     config = load_config(recipe.model, name)
     # Weights as the policy has them: rounded to bfloat16 they would be another model than the one named.
     weights = torch.float32 if recipe.lora is None else dtype
-    model: torch.nn.Module = load_weights(recipe.model, config, weights, name)
+    model: torch.nn.Module = load_divided(recipe.model, config, weights, name)
     if model.get_input_embeddings().num_embeddings < tokenizer_size:  # type: ignore[operator]
         raise RunError(
             f"reference.model {name!r} has a smaller vocabulary than the policy's tokenizer ({tokenizer_size} tokens)"

@@ -34,7 +34,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from align.anchors import InitialWeights, MovingReference
-from align.engines import finite, keep_float32, launched, size, steps_in_backward
+from align.engines import before_fsdp, fill, finite, keep_float32, launched, size, steps_in_backward
 from align.errors import RunError
 from align.forward import causal_lm, dense, router_weight
 from align.lifetime import StopSignal, Watchdog
@@ -102,6 +102,7 @@ class ObjectiveTrainer(Trainer):
         self.batches, self.eval_batches = batches, eval_batches
         self.live_reference, self.prepare, self.evaluations = live_reference, prepare, evaluations
         self.row_name, self.recipe_yaml = row_name, recipe_yaml
+        self._whole = before_fsdp(model) if launched() == "fsdp2" else None
         self.objective_state: dict[str, Tensor] = mixture.init_state()
         self.weight_state: dict[str, Tensor] = weighting.init_state()
         self._observed: dict[str, Tensor] = {}
@@ -518,6 +519,15 @@ class ObjectiveTrainer(Trainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         self._settings = [{key: group[key] for key in SETTINGS if key in group} for group in _filled(optimizer)]
         return optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """What transformers does first after the model is divided: its parts come before a checkpoint is read."""
+        if self._whole is not None:
+            fill(self.unwrapped, self._whole, self.args.device)
+            self._whole = None
+            if self.anchor is not None:
+                self.anchor.keep(self.unwrapped)
+        return super().create_scheduler(*args, **kwargs)
 
     def _take_settings(self) -> None:
         """Puts the recipe's own settings of the optimizer in place of those that came with a checkpoint."""
