@@ -127,8 +127,8 @@ def _arithmetic_table() -> Iterator[str]:
 
 
 def _measured_table(found: dict[str, Any]) -> Iterator[str]:
-    yield "| engine | peak of a process, MiB | s a step | our own operations a step |"
-    yield "|---|---|---|---|"
+    yield "| engine | whole weights read, MiB | at the end, MiB | s a step | our own operations a step |"
+    yield "|---|---|---|---|---|"
     for engine, numbers in found["engines"].items():
         operations = [
             f"{count:g} {name} of {numbers['bytes_per_step'].get(name, 0):g} bytes"
@@ -136,7 +136,8 @@ def _measured_table(found: dict[str, Any]) -> Iterator[str]:
             if count
         ]
         name = engine.removeprefix("cpu_")
-        yield f"| {name} | {numbers['peak_mib']:,.0f} | {numbers['seconds']:.2f} | {', '.join(operations) or 'none'} |"
+        read, most = (" and ".join(f"{mib:,.0f}" for mib in numbers[key]) for key in ("read_mib", "peak_mib"))
+        yield f"| {name} | {read} | {most} | {numbers['seconds']:.2f} | {', '.join(operations) or 'none'} |"
 
 
 def page() -> str:
@@ -145,7 +146,7 @@ def page() -> str:
     eight = MODELS[1]
     step = 6 * eight.parameters * 65536 / (8 * PEAK * SHARES[1])
     gathered = 4 * eight.parameters / BETWEEN
-    host = {model.name: 4 * model.parameters * 8 / 1e12 for model in MODELS}
+    host = {model.name: 4 * model.parameters / 1e9 for model in MODELS}
     tokens = 1e9 * 4 / 1e9
     lines = [
         "# Scale",
@@ -163,8 +164,9 @@ def page() -> str:
         "",
         *_measured_table(found),
         "",
-        "At this size memory is the program and the whole weights that every process reads before they are divided;",
-        "that engines divide them at all shows in `tests/equivalence/test_engines.py`, where they are saved in parts.",
+        "Memory is the most that the first and the second process have had: when the first one's weights are in host",
+        "memory and not yet divided, and at the end. Under `zero3` and `fsdp2` one process reads for all, and others",
+        "get their parts. Most of a gibibyte is the program itself.",
         "",
         "## Memory of one GPU (GB), all weights trained",
         "",
@@ -201,10 +203,10 @@ def page() -> str:
         f"{gathered:.1f} s a",
         f"   microbatch and computes 64 Ki tokens on 8 GPUs in {step:.1f} s. Fewer, larger microbatches (a larger",
         "   `train.token_budget`) and more rows a step are what helps.",
-        "4. Before the first step the bottleneck is the host's memory: every process reads whole weights, 8 processes",
-        f"   a machine {host['8B']:.1f} TB for 8B and {host['70B']:.1f} TB for 70B in float32, half of that for LoRA "
-        "in bfloat16. 70B takes",
-        "   machines with that much, fewer processes a machine, or LoRA.",
+        "4. Before the first step the bottleneck is the host's memory: the first process reads whole weights,",
+        f"   {host['8B']:.0f} GB for 8B and {host['70B']:.0f} GB for 70B in float32, half of that for LoRA in "
+        "bfloat16. Under",
+        "   `zero3` and `fsdp2` the others read none; elsewhere every process does, and holds them on its GPU anyhow.",
         "",
         "## A billion tokens of preferences",
         "",

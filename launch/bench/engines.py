@@ -1,10 +1,11 @@
 """What each engine takes on two CPU processes: memory of a process, seconds and our own communication per step.
 
-    python -m launch.bench.engines [--shape 16m] [--steps 8] [--into docs/scale.json]
+    python -m launch.bench.engines [--shape 135m] [--steps 6] [--into docs/scale.json]
 
-Counted are the operations that our code starts from Python (sums, gathers, broadcasts), between the first step and the
-last; what engines do inside (gradients, shards) is theirs. A step should take one small sum and nothing else; the last
-step logs and evaluates, and is left out.
+Memory is the most a process has had: when the model is there and not yet divided, and at the end. Counted are the
+operations that our code starts from Python (sums, gathers, broadcasts), between the first step and the last; what
+engines do inside (gradients, shards) is theirs. A step should take one small sum and nothing else; the last step logs
+and evaluates, and is left out.
 """
 
 from __future__ import annotations
@@ -52,6 +53,11 @@ def counted(started: Counter[str], sizes: Counter[str]) -> None:
         wrap(name)
 
 
+def peak() -> float:
+    """Most memory this process has had, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def inner(words: list[str], output: Path) -> int:
     """Trains in this process, as one of several, and writes what it took."""
     from transformers import TrainerCallback, trainer
@@ -62,7 +68,12 @@ def inner(words: list[str], output: Path) -> int:
     sizes: Counter[str] = Counter()
     marks: list[tuple[float, dict[str, int], dict[str, int]]] = []
 
+    read = [0.0]
+
     class Marks(TrainerCallback):
+        def on_init_end(self, *arguments: Any, **options: Any) -> None:
+            read[0] = peak()
+
         def on_step_end(self, *arguments: Any, **options: Any) -> None:
             marks.append((time.perf_counter(), dict(started), dict(sizes)))
 
@@ -73,7 +84,8 @@ def inner(words: list[str], output: Path) -> int:
     steps = len(marks) - 3
     taken = [after[0] - before[0] for before, after in itertools.pairwise(marks[1:-1])]
     found = {
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "read_mib": read[0],
+        "peak_mib": peak(),
         "seconds": statistics.median(taken),
         "operations_per_step": {name: (n - first[1].get(name, 0)) / steps for name, n in last[1].items()},
         "bytes_per_step": {name: (n - first[2].get(name, 0)) / steps for name, n in last[2].items()},
@@ -84,7 +96,7 @@ def inner(words: list[str], output: Path) -> int:
 
 
 def measured(folder: Path, engine: str, steps: int) -> dict[str, Any]:
-    """One engine, in processes of its own."""
+    """One engine, in processes of its own: the first one's numbers, and memory of all."""
     keys = {
         "model_name_or_path": folder / "model", "dataset_name": folder / "rows.jsonl", "output_dir": folder / engine,
         "objective": "kto", "max_steps": steps, "rows_per_step": 8, "save_strategy": "no", "logging_steps": 1000,
@@ -100,7 +112,8 @@ def measured(folder: Path, engine: str, steps: int) -> dict[str, Any]:
     )  # fmt: skip
     if done.returncode != 0:
         raise SystemExit(f"{engine} failed:\n{done.stderr[-3000:]}")
-    return json.loads((folder / f"{engine}.0").read_text())
+    ranks = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{engine}.[0-9]"))]
+    return ranks[0] | {key: [each[key] for each in ranks] for key in ("read_mib", "peak_mib")}
 
 
 def main() -> int:
@@ -108,8 +121,8 @@ def main() -> int:
     if sys.argv[1:2] == ["--inner"]:
         return inner(sys.argv[3:], Path(sys.argv[2]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="16m")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--shape", choices=SHAPES, default="135m")
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--into", type=Path, help="file to keep the numbers in")
     options = parser.parse_args()
     results: dict[str, dict[str, Any]] = {}
@@ -126,7 +139,8 @@ def main() -> int:
                 for name, count in found["operations_per_step"].items()
                 if count
             )
-            took = f"peak {found['peak_mib']:6,.0f} MiB  {found['seconds']:6.3f} s a step"
+            read, most = (" and ".join(f"{mib:,.0f}" for mib in found[key]) for key in ("read_mib", "peak_mib"))
+            took = f"read {read} MiB, peak {most} MiB  {found['seconds']:6.3f} s a step"
             print(f"{engine:<10} {took}  ours: {ours or '–'}", flush=True)
     if options.into:
         setup = {"shape": options.shape, "steps": options.steps}
