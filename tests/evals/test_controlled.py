@@ -101,7 +101,10 @@ def test_games_are_arena_hard_s():
     """Clear verdicts are three games, equal answers two ties, and a missing order drops the pair."""
     texts = answers(3, 60)
     rng = np.random.default_rng(3)
-    games: list[tuple[str | None, str | None]] = [tuple(rng.choice(list(PLAIN), 2)) for _ in range(60)]  # type: ignore[misc]
+    letters = list(PLAIN)
+    games: list[tuple[str | None, str | None]] = [
+        (letters[one], letters[other]) for one, other in rng.integers(len(letters), size=(60, 2))
+    ]
     games[5] = (None, "A>B")
     same = np.arange(60) == 7
     share = [math.nan if None in game else (PLAIN[str(game[0])] + 1 - PLAIN[str(game[1])]) / 2 for game in games]
