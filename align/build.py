@@ -24,7 +24,8 @@ from align.density import DensityRatio
 from align.engines import is_reader, launched, partition, shards_weights, size, whole_weights
 from align.errors import RunError
 from align.forecast import Fit, skeleton
-from align.forward import causal_lm
+from align.forward import causal_lm, router_weight
+from align.losses import Losses
 from align.paths import choose_path
 from align.recipe import Recipe
 from align.reference import ReferenceKey
@@ -158,19 +159,23 @@ def build(
         anchor.keep(model)
     if launched() == "zero3":
         partition(model)
+    losses = Losses(
+        recipe.mixture,
+        recipe.weighting,
+        outputs=outputs_of(causal_lm(model).config, values) if values else (),
+        numbers=None if numbers is None else torch.from_numpy(numbers).to(args.device),
+        router_coef=router_weight(causal_lm(model).config.get_text_config()),
+    )
     trainer = ObjectiveTrainer(
         model=model,
         args=args,
-        mixture=recipe.mixture,
-        weighting=recipe.weighting,
+        losses=losses,
         batches=batches,
         eval_batches=held_out,
         prepare=startup,
         evaluations=evaluations,
         row_name=prepared.train.name,
         recipe_yaml=recipe.to_yaml(),
-        outputs=outputs_of(causal_lm(model).config, values) if values else (),
-        numbers=None if numbers is None else torch.from_numpy(numbers),
         anchor=anchor,
         processing_class=tokenizer,
         callbacks=[speed, alarm, metrics, trackers],
@@ -181,7 +186,7 @@ def build(
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(Progress())
-    trainer.live_reference = _live_reference(recipe, startup, trainer)
+    losses.live_reference = _live_reference(recipe, startup, trainer)
     if recipe.synced is not None:
         assert startup.frozen is not None
         reference = startup.frozen()  # as frozen_scorer has sharded it

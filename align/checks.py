@@ -198,7 +198,7 @@ def check_step0(trainer: ObjectiveTrainer, batch: PackedBatch, dtype: torch.dtyp
     if not math.isfinite(loss):
         raise RunError(trainer.name_bad_rows(batch, loss))
     if any(leg.ref_logps is not None for leg in legs.legs.values()):
-        cached = trainer.live_reference is None
+        cached = trainer.losses.live_reference is None
         ratios = [_token_difference(legs[name].logps, legs[name].ref_logps, legs[name].mask) for name in legs]
         worst = max(worst for worst, _ in ratios)
         mean = max(mean for _, mean in ratios)
@@ -210,12 +210,13 @@ def check_step0(trainer: ObjectiveTrainer, batch: PackedBatch, dtype: torch.dtyp
             )
         detail = f"log-probs differ by at most {worst:.1e} nats in a token"
         checks.append(Check(check="policy equals reference before training", passed=True, detail=detail))
-    expected = trainer.mixture.step0
+    expected = trainer.losses.mixture.step0
     if expected is not None and "router" not in output.terms:
         if not math.isclose(loss, expected, abs_tol=allowed.loss, rel_tol=allowed.loss):
             raise RunError(
                 f"the loss before training is {loss:.6f} and should be {expected:.6f} for "
-                f"{' + '.join(trainer.mixture.parts)}; policy and reference differ, or the batch is not what it seems"
+                f"{' + '.join(trainer.losses.mixture.parts)}; policy and reference differ, or the batch is not what it "
+                "seems"
             )
         detail = f"{loss:.6f}, and should be {expected:.6f}"
         checks.append(Check(check="loss before training is the known constant", passed=True, detail=detail))

@@ -33,7 +33,8 @@ from data.pack import PackedBatch
 from data.store import Ragged, cache_dir
 
 if TYPE_CHECKING:
-    from align.trainer import LiveReference, ObjectiveTrainer
+    from align.losses import LiveReference
+    from align.trainer import ObjectiveTrainer
 
 Say = Callable[[str], None]
 
@@ -120,7 +121,8 @@ class Startup:
             split.known = replace(split.known, references={name: leg.ragged() for name, leg in legs.items()})
         references = trainer.batches.known.references
         assert references is not None
-        trainer.weight_state |= trainer.weighting.fit({name: _mean_losses(leg) for name, leg in references.items()})
+        losses = trainer.losses
+        losses.weight_state |= losses.weighting.fit({name: _mean_losses(leg) for name, leg in references.items()})
 
     def _fill(
         self, legs: dict[str, StoredLogps], split: PlannedBatches, scorer: Scorer, trainer: ObjectiveTrainer

@@ -36,21 +36,18 @@ from transformers.trainer_utils import rotate_checkpoints
 from align.anchors import InitialWeights, MovingReference
 from align.engines import before_fsdp, fill, finite, keep_float32, launched, size, steps_in_backward
 from align.errors import RunError
-from align.forward import causal_lm, dense, router_weight
+from align.forward import causal_lm, dense
 from align.lifetime import StopSignal, Watchdog
-from align.logps import HeadExtras
+from align.losses import Losses
 from align.meter import Meter
 from align.saving import PARTIAL, RECIPE, STATE, explained, publish, write_manifest
 from align.writing import BackgroundWriter, HostCopies
 from data.loader import PlannedBatches
 from data.pack import PackedBatch
-from objectives import Leg, LegBatch, Mean, Mixture, Output, Term, Weighting
+from objectives import LegBatch, Output
 
-NO_WEIGHTS = Weighting(parts={}, likelihood=())
 SETTINGS = ("weight_decay", "betas", "eps")
 """Of a group of parameters: what a recipe says. Other entries may be state, which a checkpoint is right about."""
-LiveReference = Callable[[PackedBatch, bool], Mapping[str, Any]]
-"""Maps a batch to what ``align.forward.score`` gives under the reference; True asks for its head too."""
 PairSums = Mapping[str, np.ndarray]
 """Per-row numbers of an evaluation: ``policy_<leg>`` and ``ref_<leg>`` (sums), ``length_<leg>``, ``score_<name>`` and
 ``row``; of reward models ``value_<leg>/<output>`` in place of sums."""
@@ -62,19 +59,15 @@ class ObjectiveTrainer(Trainer):
     Args:
         model: with or without adapter; calling it with ``packed=batch`` gives log-probs.
         args: with ``gradient_accumulation_steps`` equal to the plan's microbatches.
-        mixture: what to minimise.
-        weighting: of the tokens in likelihood terms, while training.
+        losses: what to minimise.
         batches: training rows, planned for this rank.
         eval_batches: held-out rows, all in one step of their plan; None for none.
-        live_reference: maps a batch to reference log-probs in every step; None where they are cached or not needed.
         prepare: called once with the trainer when the model is wrapped and restored, before the first step; it fills
             the reference cache and runs the start-up checks.
         evaluations: maps per-row sums of held-out rows to metrics, logged under ``eval/``.
         row_name: names a training row for messages.
         recipe_yaml: stored in every checkpoint.
-        numbers: value of each number token, NaN elsewhere, for objectives that read them.
         anchor: the initial weights, for regularizers; None for none.
-        outputs: which outputs of a scalar head the objective's values are.
     """
 
     def __init__(
@@ -82,37 +75,26 @@ class ObjectiveTrainer(Trainer):
         *,
         model: nn.Module,
         args: TrainingArguments,
-        mixture: Mixture,
-        weighting: Weighting = NO_WEIGHTS,
+        losses: Losses,
         batches: PlannedBatches,
         eval_batches: PlannedBatches | None = None,
-        live_reference: LiveReference | None = None,
         prepare: Callable[[ObjectiveTrainer], None] | None = None,
         evaluations: Callable[[PairSums, int], dict[str, float]] | None = None,
         row_name: Callable[[int], str] = str,
         recipe_yaml: str = "",
-        numbers: Tensor | None = None,
         anchor: InitialWeights | None = None,
-        outputs: Sequence[int] = (),
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         assert args.gradient_accumulation_steps == batches.plan.microbatches
-        self.mixture, self.weighting = mixture, weighting
-        self.batches, self.eval_batches = batches, eval_batches
-        self.live_reference, self.prepare, self.evaluations = live_reference, prepare, evaluations
+        self.losses, self.batches, self.eval_batches = losses, batches, eval_batches
+        self.prepare, self.evaluations = prepare, evaluations
         self.row_name, self.recipe_yaml = row_name, recipe_yaml
         self._whole = before_fsdp(model) if launched() == "fsdp2" else None
-        self.objective_state: dict[str, Tensor] = mixture.init_state()
-        self.weight_state: dict[str, Tensor] = weighting.init_state()
-        self._observed: dict[str, Tensor] = {}
         self._summed: dict[str, Tensor] = {}
         self._settings: list[dict[str, Any]] = []
-        self._row_losses: dict[str, list[Tensor]] = {}
-        self.anchor, self.outputs = anchor, tuple(outputs)
+        self.anchor = anchor
         self.moving_reference: MovingReference | None = None
-        on_device = None if numbers is None else numbers.to(args.device)
-        self.extras = HeadExtras(names=mixture.needs.extras, numbers=on_device)
         self.meter = Meter()
         self.resumed = False
         self.stop_signal, self.stopping = StopSignal(), False
@@ -133,7 +115,6 @@ class ObjectiveTrainer(Trainer):
         )
         keep_float32(self.accelerator)
         self.loss_is_scaled_for_ga = True  # counts are of the whole step, so nothing is left to divide by
-        self.router_coef = router_weight(causal_lm(model).config.get_text_config())
 
     @property
     def wrapped(self) -> nn.Module:
@@ -181,81 +162,11 @@ class ObjectiveTrainer(Trainer):
 
     # ---- loss ----
 
-    def legs(self, batch: PackedBatch, scores: Mapping[str, Tensor], reference: Mapping[str, Any] | None) -> LegBatch:
-        """Dense legs of a batch from what the model gave; cached reference log-probs come with the batch."""
-        needs, legs = self.mixture.needs, {}
-        heads = _by_leg(scores["values"][:, self.outputs], batch, needs.values) if "values" in scores else {}
-        for name, place in batch.legs.items():
-            # A reward model has no log-probs: what reads them gets no number.
-            nothing = torch.full(place.mask.shape, torch.nan, device=place.mask.device)
-            legs[name] = Leg(
-                logps=dense(scores["logps"], batch, name) if "logps" in scores else nothing,
-                mask=place.mask,
-                tokens=place.tokens,
-                ref_logps=place.ref_logps if reference is None else dense(reference["logps"], batch, name),
-                weight=place.weight,
-                extras={extra: dense(scores[extra], batch, name) for extra in needs.extras},
-                values=heads.get(name, {}),
-            )
-        return LegBatch(
-            legs=legs,
-            labels=batch.labels,
-            density_ratio=batch.density_ratio,
-            scores=batch.scores,
-            state=self.objective_state,
-            step=batch.step,
-            place=batch.place,
-        )
-
-    def scored(self, model: nn.Module, batch: PackedBatch) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
-        """What the model gives for a batch, and what a live reference does; None where it is cached or not needed."""
-        whole = "ref_kl" in self.mixture.needs.extras
-        reference = None if self.live_reference is None else self.live_reference(batch, whole)
-        extras = self.extras if reference is None or not whole else replace(self.extras, reference=reference["head"])
-        return model(packed=batch, extras=extras), reference
-
     def compute_output(
         self, model: nn.Module, batch: PackedBatch, *, weigh: bool = True
     ) -> tuple[Output, LegBatch, Tensor]:
-        """Terms and metrics of one microbatch, its legs, and a zero that ties every parameter to the graph.
-
-        Args:
-            model: the wrapped one.
-            batch: one microbatch.
-            weigh: apply adaptive token weights, as training does and evaluation does not.
-        """
-        scores, reference = self.scored(model, batch)
-        legs = self.legs(batch, scores, reference)
-        if legs.step is None and self.couples:
-            legs = self.as_own_step(legs, weigh=weigh)
-        logged: dict[str, Mean] = {}
-        if weigh:
-            legs, logged = self.weighting.apply(legs, self.weight_state, whole_step=self._step_is_one_batch)
-        output = self.mixture(legs)
-        output = Output(terms=output.terms, metrics={**output.metrics, **logged})
-        if "router" in scores:
-            coef = self.router_coef / len(batch.legs)
-            router = Term(values=scores["router"], per="row", coef=coef)
-            output = Output(terms={**output.terms, "router": router}, metrics=output.metrics)
-        return output, legs, nothing_of(scores)
-
-    # ---- what couples the rows of a step ----
-
-    @property
-    def couples(self) -> bool:
-        """Whether a loss depends on the other rows of its step, so that a pass over the step goes before it."""
-        return self.mixture.coupled or self.weighting.coupled
-
-    def step_pass(self, legs: LegBatch, *, weigh: bool) -> dict[str, Tensor]:
-        """What has to be known of every row of the step."""
-        with torch.no_grad():
-            found = self.mixture.step_pass(legs)
-            return found | self.weighting.step_pass(legs) if weigh else found
-
-    def as_own_step(self, legs: LegBatch, *, weigh: bool) -> LegBatch:
-        """A batch that is a step of its own, as in the checks before the first."""
-        step = self.step_pass(legs, weigh=weigh)
-        return replace(legs, step=step, place=torch.arange(legs.rows, device=legs[next(iter(legs))].mask.device))
+        """Terms and metrics of one microbatch, its legs, and a zero that ties every parameter to the graph."""
+        return self.losses.output(model, batch, weigh=weigh, whole_step=self._step_is_one_batch)
 
     def with_whole_step(self, batches: Sequence[PackedBatch], *, weigh: bool) -> list[PackedBatch]:
         """The microbatches of one step, each with what a pass without gradient finds of all its rows, on all ranks."""
@@ -263,7 +174,8 @@ class ObjectiveTrainer(Trainer):
         with self.scoring():
             for batch in batches:
                 moved = batch.to(self.args.device)
-                found.append(self.step_pass(self.legs(moved, *self.scored(self.wrapped, moved)), weigh=weigh))
+                legs = self.losses.legs(moved, *self.losses.scored(self.wrapped, moved))
+                found.append(self.losses.step_pass(legs, weigh=weigh))
         sizes = [len(batch.rows) for batch in batches]
         mine = torch.tensor([float(sum(sizes))], device=self.args.device)
         first = int(self.concatenate_over_ranks(mine)[: self.args.process_index].sum())
@@ -278,7 +190,7 @@ class ObjectiveTrainer(Trainer):
         """The microbatches of the next step, which is where all of them are seen at once."""
         batches, count = super().get_batch_samples(*args, **kwargs)
         # One microbatch that is the whole step finds what it needs in its own forward.
-        if batches and self.couples and not self._step_is_one_batch:
+        if batches and self.losses.couples and not self._step_is_one_batch:
             batches = self.with_whole_step(batches, weigh=True)
         return batches, count
 
@@ -296,11 +208,7 @@ class ObjectiveTrainer(Trainer):
         self.meter.add(output, legs.counts())
         # Shares add up to the step's loss, and their counts to one step, even if a resumed run splits steps otherwise.
         self.meter.add_mean("loss", loss, 1 / (self.args.gradient_accumulation_steps * self.args.world_size))
-        for name, value in self.mixture.observe(legs).items():
-            value = value.detach()
-            self._observed[name] = self._observed[name] + value if name in self._observed else value
-        for name, values in self.weighting.observe(legs).items():
-            self._row_losses.setdefault(name, []).append(values)
+        self.losses.observe(legs)
         self._step_losses.append((inputs, loss.detach()))
         if steps_in_backward(self.accelerator) and self.accelerator.sync_gradients:
             self._agree()
@@ -313,13 +221,8 @@ class ObjectiveTrainer(Trainer):
         if not self.args.max_grad_norm:  # else it was asked before clipping
             self._look_at_step()
         self._step_losses = []
-        if self._summed:
-            self.objective_state = self.mixture.update(self.objective_state, self._summed)
-        self._observed, self._summed = {}, {}
-        if self.weighting.parts:
-            losses = {name: self.concatenate_over_ranks(torch.cat(values)) for name, values in self._row_losses.items()}
-            self.weight_state = self.weighting.update(self.weight_state, losses)
-        self._row_losses = {}
+        self.losses.finish_step(self._summed, self.concatenate_over_ranks)
+        self._summed = {}
 
     def _look_at_step(self) -> None:
         if not steps_in_backward(self.accelerator):  # where it was too late after the last backward pass
@@ -335,11 +238,11 @@ class ObjectiveTrainer(Trainer):
         losses = torch.stack([loss for _, loss in self._step_losses])
         bad = (~losses.isfinite()).nonzero()
         told = torch.tensor([len(bad), self.stop_signal.asked], device=self.args.device, dtype=torch.float64)
-        parts = {name: value.to(told) for name, value in self._observed.items()}
+        parts = {name: value.to(told) for name, value in self.losses.observed.items()}
         self.note(f"agreeing on step {self.state.global_step + 1}")
         everything = self.sum_over_ranks(torch.cat([told, *(value.flatten() for value in parts.values())]))
         sums = everything[2:].split([value.numel() for value in parts.values()])
-        for (name, value), total in zip(self._observed.items(), sums, strict=True):
+        for (name, value), total in zip(self.losses.observed.items(), sums, strict=True):
             self._summed[name] = total.reshape(value.shape).to(value.dtype)
         self.stopping = self.stopping or bool(everything[1])
         if not bool(everything[0]):
@@ -444,7 +347,7 @@ class ObjectiveTrainer(Trainer):
         assert self.eval_batches is not None
         meter, sums = Meter(), []
         batches: Iterable[PackedBatch] = (self.eval_batches[number] for number in range(len(self.eval_batches)))
-        if self.mixture.coupled:
+        if self.losses.mixture.coupled:
             batches = self.with_whole_step(list(batches), weigh=False)
         with self.scoring():
             for each in batches:
@@ -487,13 +390,10 @@ class ObjectiveTrainer(Trainer):
             self.resumed = True
             stored = json.loads((Path(checkpoint) / STATE).read_text())
             self.meter.load_state_dict(stored["meter"], first_rank=self.args.process_index == 0)
-            # Of a changed recipe's objectives some may be new, and begin here.
-            self.objective_state |= _known(_from_json(stored["objective_state"]), self.objective_state)
-            self.weight_state |= _known(_from_json(stored["weight_state"]), self.weight_state)
+            self.losses.load_state_dict(stored)
             if self.moving_reference is not None:
                 self.moving_reference.load(Path(checkpoint))
-        self.objective_state = {name: value.to(self.args.device) for name, value in self.objective_state.items()}
-        self.weight_state = {name: value.to(self.args.device) for name, value in self.weight_state.items()}
+        self.losses.to(self.args.device)
         return result
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -635,60 +535,16 @@ class ObjectiveTrainer(Trainer):
 
     def _state_to_json(self) -> dict[str, Any]:
         return {
-            "objective_state": _to_json(self.objective_state),
-            "weight_state": _to_json(self.weight_state),
+            **self.losses.state_dict(),
             "rows": self.batches.table.fingerprint(),
             "engine": launched(),
             "processes": self.args.world_size,
         }
 
 
-def _known(stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in stored.items() if name in own}
-
-
 def _filled(optimizer: Any) -> list[dict[str, Any]]:
     """Groups that hold parameters."""
     return [group for group in getattr(optimizer, "param_groups", []) if group["params"]]
-
-
-def _by_leg(values: Tensor, batch: PackedBatch, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
-    """Outputs of a scalar head by leg and name, (row,) each."""
-    if not len(batch.rows):
-        return {leg: {name: values.new_zeros(0) for name in names} for leg in batch.legs}
-    by_leg = values.reshape(len(batch.legs), len(batch.rows), -1)
-    return {leg: {name: by_leg[i, :, k] for k, name in enumerate(names)} for i, leg in enumerate(batch.legs)}
-
-
-def _to_json(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {
-        name: {
-            "values": [repr(number) for number in value.flatten().tolist()],  # JSON has no infinity
-            "shape": list(value.shape),
-            "dtype": str(value.dtype).removeprefix("torch."),
-        }
-        for name, value in state.items()
-    }
-
-
-def _from_json(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {
-        name: torch.tensor([float(number) for number in entry["values"]], dtype=getattr(torch, entry["dtype"])).reshape(
-            entry["shape"]
-        )
-        for name, entry in state.items()
-    }
-
-
-def nothing_of(scores: Mapping[str, Any]) -> Tensor:
-    """Zero, as a function of every output of the model that has a gradient.
-
-    A filler batch, whose loss asks for none of them, goes through the backward pass as others do: engines that divide
-    weights gather them again for each output, all processes in one order.
-    """
-    outputs = [each for each in scores.values() if isinstance(each, Tensor) and each.requires_grad]
-    parts = [each.flatten()[:0].sum() for each in outputs]  # not by a factor of 0, which leaves NaN what it is
-    return torch.stack(parts).sum() if parts else torch.zeros(())
 
 
 def _row_sums(batch: PackedBatch, legs: LegBatch) -> dict[str, np.ndarray]:

@@ -89,15 +89,15 @@ def _own_time(trainer: Any, batch: Any) -> float:
 
     batch = batch.to(trainer.args.device)
     with torch.no_grad():
-        legs = trainer.legs(batch, *trainer.scored(trainer.wrapped, batch))
-    if trainer.couples:
-        legs = trainer.as_own_step(legs, weigh=True)
+        legs = trainer.losses.legs(batch, *trainer.losses.scored(trainer.wrapped, batch))
+    if trainer.losses.couples:
+        legs = trainer.losses.as_own_step(legs, weigh=True)
     free = {name: _free(leg) for name, leg in legs.legs.items()}
     from dataclasses import replace
 
     legs = replace(legs, legs=free)
     started = time.perf_counter()
-    trainer.mixture(legs).loss(batch.counts).backward()
+    trainer.losses.mixture(legs).loss(batch.counts).backward()
     return time.perf_counter() - started
 
 

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from align import density, reference
+from align.losses import _from_json, _to_json
 from align.saving import STATE
 from align.train import main
-from align.trainer import _from_json, _to_json
 from tests.equivalence.runs import write_rows
 from tests.equivalence.test_resume import after_a_crash, command, lines, same_lines
 
