@@ -2,10 +2,10 @@
 
     python -m launch.bench.chaos [--kills 50] [--processes 1] [--engine cpu_ddp] [--async_save] [--output chaos.json]
 
-Every attempt is the same command with ``--resume_from_checkpoint auto``; its whole process group gets SIGKILL after a
-random time, while it starts, trains, evaluates or writes a checkpoint. Runs that reach their end are compared with the
-undisturbed one, weights and metrics bit for bit, and another is begun until all kills are used up; the last one is let
-finish. Exits with 1 where anything differs.
+Every attempt is the same command with ``--resume_from_checkpoint auto``; its whole process group gets SIGKILL a random
+time after it has begun to start (a fifth of the kills), to train (half) or to write a checkpoint (the rest). Runs that
+reach their end are compared with the undisturbed one, weights and metrics bit for bit, and another is begun until all
+kills are used up; the last one is let finish. Exits with 1 where anything differs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,22 +47,55 @@ def command(folder: Path, output: str, processes: int, engine: str, *more: str) 
     return [*launcher, "align/train.py", *(f"--{key}={value}" for key, value in keys.items()), *more]
 
 
-def attempt(words: list[str], cache: Path, kill_after: float | None) -> tuple[int | None, str]:
-    """Starts the run, and kills it after so many seconds; its exit status (None where it was killed) and output."""
+MOMENTS = {"starting": (0.2, 20.0), "training": (0.5, 6.0), "writing": (0.3, 0.05)}
+"""Shares of kills by what the run has begun to do, and most seconds from there."""
+
+
+@dataclass(frozen=True)
+class Kill:
+    """When to end an attempt: so many seconds after it has begun to do something."""
+
+    moment: str
+    after: float
+
+    @classmethod
+    def drawn(cls, rng: random.Random) -> Kill:
+        """At random."""
+        (moment,) = rng.choices(list(MOMENTS), [share for share, _ in MOMENTS.values()])
+        return cls(moment, rng.uniform(0.0, MOMENTS[moment][1]))
+
+    def has_begun(self, run: Path, lines: int) -> bool:
+        """Whether the run does it, when at the attempt's start its metrics had so many lines."""
+        if self.moment == "training":
+            return count_lines(run) > lines
+        return self.moment == "starting" or any(run.glob(".partial/checkpoint-*"))
+
+
+def count_lines(run: Path) -> int:
+    """Of the metrics so far."""
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def attempt(words: list[str], cache: Path, run: Path, kill: Kill | None) -> tuple[int | None, str]:
+    """Starts the run, and kills it; its exit status (None where it was killed) and output."""
     with tempfile.TemporaryFile("w+") as out:
+        lines, begun = count_lines(run), None
         child = subprocess.Popen(
             words, cwd=REPOSITORY, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "ALIGN_CACHE": str(cache)},
         )  # fmt: skip
-        status = None
-        try:
-            status = child.wait(kill_after)
-        except subprocess.TimeoutExpired:
-            # Launchers start their processes in sessions of their own.
-            for process in [*psutil.Process(child.pid).children(recursive=True), psutil.Process(child.pid)]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            child.wait()
+        while (status := child.poll()) is None:
+            if kill is not None and begun is None and kill.has_begun(run, lines):
+                begun = time.monotonic()
+            if kill is not None and begun is not None and time.monotonic() - begun >= kill.after:
+                # Launchers start their processes in sessions of their own.
+                for process in [*psutil.Process(child.pid).children(recursive=True), psutil.Process(child.pid)]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
+                child.wait()
+                break
+            time.sleep(0.002 if kill is not None else 0.1)
         out.seek(0)
         return status, out.read()
 
@@ -85,15 +119,6 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     return told[:12]
 
 
-def where(run: Path, printed: str) -> str:
-    """What a killed run was doing, as far as its traces tell."""
-    if list(run.glob(".partial/checkpoint-*")):
-        return "writing a checkpoint"
-    if "\nstep " in printed or "left 0:" in printed:
-        return "training"
-    return "starting" if "✓" not in printed else "between the checks and the first line"
-
-
 def main() -> int:
     """Kills and compares."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -112,23 +137,20 @@ def main() -> int:
         make_model(folder / "model", "tiny", (str(value) for row in rows for value in row.values()))
         pairs = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
         write_rows(folder / "rows.jsonl", pairs, folder / "model", ROWS * 3 // 4)
-        started = time.time()
         words = command(folder, "straight", options.processes, options.engine)
-        status, printed = attempt(words, folder / "cache", None)
+        status, printed = attempt(words, folder / "cache", folder / "straight", None)
         if status != 0:
             raise SystemExit(f"the undisturbed run failed:\n{printed[-3000:]}")
-        whole, wanted = time.time() - started, left(folder / "straight")
-        print(f"undisturbed: {whole:.1f} s", flush=True)
+        wanted = left(folder / "straight")
         kills, finished, differing = 0, 0, 0
-        moments: dict[str, int] = {}
+        moments = dict.fromkeys(MOMENTS, 0)
         while kills < options.kills or not finished or (folder / "run").exists():
             words = command(folder, "run", options.processes, options.engine, *more)
-            limit = rng.uniform(0.2, 1.0) * whole if kills < options.kills else None
-            status, printed = attempt(words, folder / "cache", limit)
-            if status is None:
+            kill = Kill.drawn(rng) if kills < options.kills else None
+            status, printed = attempt(words, folder / "cache", folder / "run", kill)
+            if status is None and kill is not None:
                 kills += 1
-                moment = where(folder / "run", printed)
-                moments[moment] = moments.get(moment, 0) + 1
+                moments[kill.moment] += 1
             elif status != 0:
                 print(f"an attempt failed with status {status}:\n{printed[-3000:]}")
                 return 1
@@ -144,7 +166,7 @@ def main() -> int:
                     flush=True,
                 )
                 shutil.rmtree(folder / "run")
-    print(f"{kills} kills ({', '.join(f'{count} while {name}' for name, count in sorted(moments.items()))})")
+    print(f"{kills} kills ({', '.join(f'{count} while {name}' for name, count in moments.items())})")
     print(f"{finished} runs finished, {finished - differing} identical to the undisturbed one in weights and metrics")
     if options.output:
         numbers = {"kills": kills, "moments": moments, "finished": finished, "differing": differing}
