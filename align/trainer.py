@@ -9,6 +9,7 @@ What is overridden, and why:
   _save_checkpoint       checkpoints appear complete or not at all; they may be written in the background
   train                  ends when the last of them is written
   _run_epoch             no step after the last one
+  create_scheduler       comes right after the model is divided, and before a checkpoint is read
   _prepare_for_training  start-up checks and the reference pass need the wrapped model
 The underscored ones are private to transformers, which is why its version is pinned; equivalence tests are the alarm.
 """
