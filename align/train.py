@@ -206,7 +206,8 @@ def _run(recipe: Recipe, command: str, measure: Measure | None, only_plan: bool,
         if anchor is not None:
             anchor.average(trainer.unwrapped)
         trainer.save_model()
-        if held_out is not None and (averaged or held_out.last_step != trainer.state.global_step):
+        # The first process alone knows what a run evaluated before it was resumed.
+        if held_out is not None and trainer.gather(averaged or held_out.last_step != trainer.state.global_step)[0]:
             trainer.evaluate()
         results: list[Any] = []
         if first:

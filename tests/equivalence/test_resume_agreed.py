@@ -31,10 +31,9 @@ if os.environ["RANK"] == "1":
     saving.checkpoints = lambda folder: []
     saving.verify = saving.find_checkpoint = saving.refuse_other_recipe = saving.refuse_other_engine = asked
 from align.train import main
-
-pytestmark = pytest.mark.usefixtures("plain_runs")
 sys.exit(main())
 """
+pytestmark = pytest.mark.usefixtures("plain_runs")
 
 
 def both(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -68,6 +67,16 @@ def test_the_first_process_decides_and_alone_reads_hashes(folder: Path):
     said = [line for line in done.stderr.splitlines() if "belongs to another recipe" in line]
     assert len([line for line in said if line.startswith("error: ")]) == 1, done.stderr[-3000:]
     assert "the second process looked for itself" not in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_add_nothing_to_a_finished_run(folder: Path):
+    """One knew that the last step had been evaluated, the other waited for it to do it again."""
+    assert main(command(folder, "run")) == 0
+    before = lines(folder / "run")
+    done = both(folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert lines(folder / "run") == before
 
 
 def checkpoint(folder: Path) -> Path:
