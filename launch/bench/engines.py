@@ -1,6 +1,6 @@
 """What each engine takes on two CPU processes: memory of a process, seconds and our own communication per step.
 
-    python -m launch.bench.engines [--shape 135m] [--steps 6] [--into docs/scale.json]
+    python -m launch.bench.engines [--shape 16m] [--steps 8] [--into docs/scale.json]
 
 Memory is the most a process has had: when the model is there and not yet divided, and at the end. Counted are the
 operations that our code starts from Python (sums, gathers, broadcasts), between the first step and the last; what
@@ -121,8 +121,8 @@ def main() -> int:
     if sys.argv[1:2] == ["--inner"]:
         return inner(sys.argv[3:], Path(sys.argv[2]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="135m")
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--shape", choices=SHAPES, default="16m")
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--into", type=Path, help="file to keep the numbers in")
     options = parser.parse_args()
     results: dict[str, dict[str, Any]] = {}
