@@ -22,7 +22,7 @@ class InitialWeights:
     """Regularizers on the difference to the weights a run started from, whether or not it was resumed since.
 
     Args:
-        model: of which ``keep`` will be told the weights.
+        model: the one to train; its weights are copied by ``keep``.
         regularizers: by name.
     """
 
@@ -75,7 +75,8 @@ class InitialWeights:
                     continue
                 with gathered(value, change=True):
                     if not self.with_adapter:
-                        initial = self.initial.get(name, value)  # of ZeRO-3, the first process has them
+                        # Under ZeRO-3 the first process alone has them, and what others write here is dropped.
+                        initial = self.initial[name] if self.initial else value
                         value.copy_(averaging.averaged(value, like(initial, value)))
                     elif "lora_B" in name or "lora_embedding_B" in name:
                         # The adapter starts with this factor at 0: the average of merged weights scales it.

@@ -81,13 +81,18 @@ def whole_weights() -> Iterator[None]:
 
 
 def is_reader() -> bool:
-    """Whether this process has read the weights, and did not make room for them alone."""
+    """Whether this process reads the weights, and does not only make room for them."""
     return int(os.environ.get("RANK", "0")) == 0 or not shards_weights(launched())
 
 
 def before_fsdp(model: nn.Module) -> dict[str, Tensor]:
     """Whole weights by name, for ``fill``; where they were not read, none."""
-    return {name: value.detach() for name, value in model.named_parameters()} if is_reader() else {}
+    return {_plain(name): value.detach() for name, value in model.named_parameters()} if is_reader() else {}
+
+
+def _plain(name: str) -> str:
+    """Of a parameter, without the wrappers that accelerate puts around layers when it divides a model."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 @torch.no_grad()
@@ -101,7 +106,7 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], device: torch.device) 
     """
     for name, value in model.named_parameters():
         if is_reader():
-            whole = weights[name].to(device, value.dtype).contiguous()
+            whole = weights[_plain(name)].to(device, value.dtype).contiguous()
         else:
             whole = torch.empty(value.shape, dtype=value.dtype, device=device)
         torch.distributed.broadcast(whole, 0)

@@ -85,7 +85,7 @@ class Losses:
     def output(
         self, model: nn.Module, batch: PackedBatch, *, weigh: bool, whole_step: bool
     ) -> tuple[Output, LegBatch, Tensor]:
-        """Terms and metrics of one microbatch, its legs, and a zero that ties every parameter to the graph.
+        """Terms and metrics of one microbatch, its legs, and ``nothing_of`` the model's outputs.
 
         Args:
             model: the wrapped one.
@@ -169,10 +169,12 @@ def nothing_of(scores: Mapping[str, Any]) -> Tensor:
     """Zero, as a function of every output of the model that has a gradient.
 
     A filler batch, whose loss asks for none of them, goes through the backward pass as others do: engines that divide
-    weights gather them again for each output, all processes in one order.
+    weights gather them again for each output, all processes in one order. A log-prob or value that is no number makes
+    it NaN, so that the run is stopped; other outputs may have none at tokens that no loss reads.
     """
-    outputs = [each for each in scores.values() if isinstance(each, Tensor) and each.requires_grad]
-    parts = [each.flatten()[:0].sum() for each in outputs]  # not by a factor of 0, which leaves NaN what it is
+    outputs = {name: each for name, each in scores.items() if isinstance(each, Tensor) and each.requires_grad}
+    main = [0.0 * each.sum() for name, each in outputs.items() if name in ("logps", "values")]
+    parts = [*main, *(each.flatten()[:0].sum() for name, each in outputs.items() if name not in ("logps", "values"))]
     return torch.stack(parts).sum() if parts else torch.zeros(())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import json
 import pickle
@@ -291,7 +292,7 @@ def load_divided(
 
         kind: Any = AutoModelForSequenceClassification if values else AutoModelForCausalLM
         return kind.from_config(
-            with_head(config, values, name or section.model_name_or_path) if values else config,
+            copy.deepcopy(with_head(config, values, name or section.model_name_or_path) if values else config),
             dtype=dtype,
             attn_implementation=attention,
             trust_remote_code=section.trust_remote_code,

@@ -91,6 +91,7 @@ class ObjectiveTrainer(Trainer):
         self.losses, self.batches, self.eval_batches = losses, batches, eval_batches
         self.prepare, self.evaluations = prepare, evaluations
         self.row_name, self.recipe_yaml = row_name, recipe_yaml
+        # What is sent to the others when FSDP2 has divided the model; None on other engines, and afterwards.
         self._whole = before_fsdp(model) if launched() == "fsdp2" else None
         self._summed: dict[str, Tensor] = {}
         self._settings: list[dict[str, Any]] = []
@@ -166,7 +167,7 @@ class ObjectiveTrainer(Trainer):
     def compute_output(
         self, model: nn.Module, batch: PackedBatch, *, weigh: bool = True
     ) -> tuple[Output, LegBatch, Tensor]:
-        """Terms and metrics of one microbatch, its legs, and a zero that ties every parameter to the graph."""
+        """Terms and metrics of one microbatch, its legs, and ``nothing_of`` the model's outputs."""
         return self.losses.output(model, batch, weigh=weigh, whole_step=self._step_is_one_batch)
 
     def with_whole_step(self, batches: Sequence[PackedBatch], *, weigh: bool) -> list[PackedBatch]:

@@ -64,29 +64,47 @@ class Kill:
         (moment,) = rng.choices(list(MOMENTS), [share for share, _ in MOMENTS.values()])
         return cls(moment, rng.uniform(0.0, MOMENTS[moment][1]))
 
-    def has_begun(self, run: Path, lines: int) -> bool:
-        """Whether the run does it, when at the attempt's start its metrics had so many lines."""
-        if self.moment == "training":
-            return count_lines(run) > lines
-        return self.moment == "starting" or any(run.glob(".partial/checkpoint-*"))
+    def has_begun(self, before: Traces, now: Traces) -> bool:
+        """Whether the run does it, by what it has left at the attempt's start and now."""
+        if self.moment == "training":  # a step after the one it went on from, whether or not it was made before
+            return now.metrics != before.metrics and now.last_step > now.checkpoint
+        return self.moment == "starting" or bool(now.partial - before.partial)
 
 
-def count_lines(run: Path) -> int:
-    """Of the metrics so far."""
-    path = run / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.is_file() else 0
+@dataclass(frozen=True)
+class Traces:
+    """What a run directory tells of where its run is."""
+
+    metrics: tuple[int, int]
+    last_step: int
+    checkpoint: int
+    partial: frozenset[tuple[str, int, int]]
+
+    @classmethod
+    def of(cls, run: Path) -> Traces:
+        """As they are now; files may go away meanwhile."""
+        path, metrics, last = run / "metrics.jsonl", (0, 0), 0
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            metrics = (path.stat().st_mtime_ns, path.stat().st_size)
+            last = json.loads(path.read_text().splitlines()[-1])["step"]
+        steps = [int(folder.name.rpartition("-")[2]) for folder in run.glob("checkpoint-*")]
+        partial = set()
+        for folder in run.glob(".partial/checkpoint-*"):
+            with contextlib.suppress(OSError):
+                partial.add((folder.name, folder.stat().st_ino, folder.stat().st_ctime_ns))
+        return cls(metrics, last, max(steps, default=0), frozenset(partial))
 
 
 def attempt(words: list[str], cache: Path, run: Path, kill: Kill | None) -> tuple[int | None, str]:
     """Starts the run, and kills it; its exit status (None where it was killed) and output."""
     with tempfile.TemporaryFile("w+") as out:
-        lines, begun = count_lines(run), None
+        before, begun = Traces.of(run), None
         child = subprocess.Popen(
             words, cwd=REPOSITORY, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "ALIGN_CACHE": str(cache)},
         )  # fmt: skip
         while (status := child.poll()) is None:
-            if kill is not None and begun is None and kill.has_begun(run, lines):
+            if kill is not None and begun is None and kill.has_begun(before, Traces.of(run)):
                 begun = time.monotonic()
             if kill is not None and begun is not None and time.monotonic() - begun >= kill.after:
                 # Launchers start their processes in sessions of their own.

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM, MambaConfig, T5Config
 
 from align import model as models
-from align import saving, startup
+from align import saving
 from align.errors import RecipeError
 from align.keys import NAMED
 from align.recipe import read_recipe
@@ -1995,7 +1995,6 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return seen[-1]
 
     monkeypatch.setattr(models, "load_weights", load)
-    monkeypatch.setattr(startup, "load_weights", load)
     return seen
 
 

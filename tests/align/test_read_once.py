@@ -23,18 +23,18 @@ class Wire:
         self.patch, self.said = monkeypatch, list[Any]()
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
         monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
-        monkeypatch.setattr(read_once, "broadcast_object_list", self.broadcast)
+        monkeypatch.setattr(read_once, "_from_reader", self.tell)
         self.become(0)
 
     def become(self, rank: int) -> None:
         self.rank = rank
         self.patch.setenv("RANK", str(rank))
 
-    def broadcast(self, values: list[Any]) -> list[Any]:
+    def tell(self, value: Any) -> Any:
         if self.rank:
-            return [self.said.pop(0)]
-        self.said += values
-        return values
+            return self.said.pop(0)
+        self.said.append(value)
+        return value
 
 
 @pytest.fixture
@@ -90,6 +90,28 @@ def test_a_reader_that_fails_tells_the_others(wire: Wire, tmp_path: Path):
     with pytest.raises(RunError, match="can't load the weights") as other:
         load_divided(section, config, torch.float32)
     assert str(first.value) == str(other.value)
+
+
+def test_other_errors_of_the_reader_are_told_as_well(wire: Wire):
+    def fails() -> str:
+        raise MemoryError("no place")
+
+    with pytest.raises(MemoryError):
+        read_once.of_reader(fails)
+    wire.become(1)
+    with pytest.raises(RunError, match=r"could not read the weights .*no place"):
+        read_once.of_reader(fails)
+
+
+def test_weights_that_the_configuration_does_not_have_are_refused(wire: Wire, tmp_path: Path):
+    one, other = (
+        ModelSection(model_name_or_path=str(save_model(tmp_path / name, tie_word_embeddings=False, **shape)))
+        for name, shape in (("deep", {"num_hidden_layers": 3}), ("flat", {}))
+    )
+    load_divided(one, load_config(one), torch.float32)
+    wire.become(1)
+    with pytest.raises(RunError, match=r"other weights than its configuration says .*zero2\.yaml"):
+        load_divided(other, load_config(other), torch.float32)
 
 
 def test_what_is_told_of_weights_is_the_readers(wire: Wire):
