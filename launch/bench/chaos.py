@@ -64,11 +64,17 @@ class Kill:
         (moment,) = rng.choices(list(MOMENTS), [share for share, _ in MOMENTS.values()])
         return cls(moment, rng.uniform(0.0, MOMENTS[moment][1]))
 
-    def has_begun(self, before: Traces, now: Traces) -> bool:
-        """Whether the run does it, by what it has left at the attempt's start and now."""
+    def has_begun(self, now: Traces, *, moved: bool, tidied: bool) -> bool:
+        """Whether the run does it.
+
+        Args:
+            now: what the run directory tells.
+            moved: its metrics were written to in this attempt.
+            tidied: what an earlier kill left half written is no longer there.
+        """
         if self.moment == "training":  # a step after the one it went on from, whether or not it was made before
-            return now.metrics != before.metrics and now.last_step > now.checkpoint
-        return self.moment == "starting" or bool(now.partial - before.partial)
+            return moved and now.last_step > now.checkpoint
+        return self.moment == "starting" or (tidied and now.writes)
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ class Traces:
     metrics: tuple[int, int]
     last_step: int
     checkpoint: int
-    partial: frozenset[tuple[str, int, int]]
+    writes: bool
 
     @classmethod
     def of(cls, run: Path) -> Traces:
@@ -88,24 +94,23 @@ class Traces:
             metrics = (path.stat().st_mtime_ns, path.stat().st_size)
             last = json.loads(path.read_text().splitlines()[-1])["step"]
         steps = [int(folder.name.rpartition("-")[2]) for folder in run.glob("checkpoint-*")]
-        partial = set()
-        for folder in run.glob(".partial/checkpoint-*"):
-            with contextlib.suppress(OSError):
-                partial.add((folder.name, folder.stat().st_ino, folder.stat().st_ctime_ns))
-        return cls(metrics, last, max(steps, default=0), frozenset(partial))
+        return cls(metrics, last, max(steps, default=0), any(run.glob(".partial/checkpoint-*")))
 
 
 def attempt(words: list[str], cache: Path, run: Path, kill: Kill | None) -> tuple[int | None, str]:
     """Starts the run, and kills it; its exit status (None where it was killed) and output."""
     with tempfile.TemporaryFile("w+") as out:
-        before, begun = Traces.of(run), None
+        before, begun, tidied = Traces.of(run), None, False
         child = subprocess.Popen(
             words, cwd=REPOSITORY, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "ALIGN_CACHE": str(cache)},
         )  # fmt: skip
         while (status := child.poll()) is None:
-            if kill is not None and begun is None and kill.has_begun(before, Traces.of(run)):
-                begun = time.monotonic()
+            if kill is not None and begun is None:
+                now = Traces.of(run)
+                tidied = tidied or not now.writes
+                if kill.has_begun(now, moved=now.metrics != before.metrics, tidied=tidied):
+                    begun = time.monotonic()
             if kill is not None and begun is not None and time.monotonic() - begun >= kill.after:
                 # Launchers start their processes in sessions of their own.
                 for process in [*psutil.Process(child.pid).children(recursive=True), psutil.Process(child.pid)]:
