@@ -1,4 +1,4 @@
-"""Writes ``docs/performance.md`` and its plots from what the benchmarks left in ``docs/performance.json``.
+"""Writes ``docs/performance.md``, its plots and the README's table from ``docs/performance.json``.
 
 make bench          measures, then writes the page
 python -m launch.bench.performance_page
@@ -15,9 +15,13 @@ from xml.sax.saxutils import escape
 from launch.bench.vs_trl import TABLE, Setup
 
 MARKS = ("<!-- measured: begin -->", "<!-- measured: end -->")
+README_MARKS = ("<!-- speed: begin -->", "<!-- speed: end -->")
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 NAMES = {"ours": "ours", "trl-best": "TRL at its best", "trl": "TRL at its defaults"}
-COLOURS = {"ours": "#0f7b8a", "trl-best": "#b0713a", "trl": "#8a8f98"}
+KEPT = "trl-kept"
+"""TRL with activations kept, and else at its defaults: all rows of a step at once."""
+LEGEND = {**NAMES, KEPT: "TRL without checkpointing"}
+COLOURS = {"ours": "#0f7b8a", "trl-best": "#b0713a", "trl": "#8a8f98", KEPT: "#7b5ea7"}
 CASES = {
     "hh": "pairs, long prompts and short responses",
     "long": "pairs, short prompts and long responses",
@@ -67,10 +71,11 @@ def bars(title: str, unit: str, groups: Sequence[tuple[str, dict[str, tuple[floa
             parts.append(f'<text class="q" x="{LEFT + high * scale + 6:.1f}" y="{middle + 4}">{number}{unit}</text>')
             y += ROW
         y += 12
+    shown = [side for side in LEGEND if any(side in sides for _, sides in groups)]
     legend = "".join(
-        f'<rect x="{LEFT + 150 * i}" y="6" width="10" height="10" rx="2" fill="{COLOURS[side]}"/>'
-        f'<text x="{LEFT + 150 * i + 15}" y="15">{NAMES[side]}</text>'
-        for i, side in enumerate(NAMES)
+        f'<rect x="{10 + 185 * i}" y="6" width="10" height="10" rx="2" fill="{COLOURS[side]}"/>'
+        f'<text x="{25 + 185 * i}" y="15">{LEGEND[side]}</text>'
+        for i, side in enumerate(shown)
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" width="{WIDTH}" role="img" '
@@ -98,7 +103,10 @@ def plots(results: Sequence[dict[str, Any]]) -> dict[str, str]:
     drawn = {"steps.svg": ("Rows per second in steps", "", groups(steps, spread))}
     if whole:
         drawn["whole_runs.svg"] = ("Rows per second in whole runs", "", groups(whole, spread))
-    drawn["memory.svg"] = ("Peak memory", " MiB", groups(steps, lambda side: exact(side["peak_mib"])))
+    memory = groups(steps, lambda side: exact(side["peak_mib"]))
+    for (_, sides), each in zip(memory, steps, strict=True):
+        sides[KEPT] = exact(all_at_once(each)["peak_mib"])
+    drawn["memory.svg"] = ("Peak memory", " MiB", memory)
     drawn["padding.svg"] = (
         "Positions that hold no token",
         " %",
@@ -106,6 +114,25 @@ def plots(results: Sequence[dict[str, Any]]) -> dict[str, str]:
     )
     drawn["first_step.svg"] = ("Start to first step", " s", groups(steps, lambda side: exact(side["first_step"])))
     return {name: bars(*content) for name, content in drawn.items() if content[2]}
+
+
+def all_at_once(result: dict[str, Any]) -> dict[str, Any]:
+    """TRL's try without checkpointing that took all rows of a step at once."""
+    return max(result["tried"], key=lambda run: run["micro"])
+
+
+def memory_table(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Peak memory against TRL's, activations checkpointed and kept."""
+    lines = [
+        "| | ours | TRL, checkpointed, all rows of a step at once | kept, all rows at once | kept, its fastest |",
+        "|---|---|---|---|---|",
+    ]
+    for each in results:
+        ours, sides = each["sides"]["ours"]["peak_mib"], each["sides"]
+        others = (sides["trl"]["peak_mib"], all_at_once(each)["peak_mib"], sides["trl-best"]["peak_mib"])
+        cells = (f"{other:,.0f} MiB: ours is {ours / other:.0%}" for other in others)
+        lines.append(f"| {label(Setup(**each['setup']))} | {ours:,.0f} MiB | {' | '.join(cells)} |")
+    return lines
 
 
 def table(results: Sequence[dict[str, Any]]) -> list[str]:
@@ -133,6 +160,23 @@ def table(results: Sequence[dict[str, Any]]) -> list[str]:
             )
             lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def summary(results: Sequence[dict[str, Any]]) -> str:
+    """How much faster and smaller we are in every comparison, as Markdown."""
+    lines = [
+        "| | rows/s | faster than TRL's defaults | than TRL at its best | memory of TRL's defaults "
+        "| of TRL without checkpointing |",
+        "|---|---|---|---|---|---|",
+    ]
+    for each in results:
+        setup, sides = Setup(**each["setup"]), each["sides"]
+        rate, peak = sides["ours"]["rows_per_second"][0], sides["ours"]["peak_mib"]
+        faster = [f"{rate / sides[side]['rows_per_second'][0]:.1f} times" for side in ("trl", "trl-best")]
+        name = f"{CASES[setup.case]}, {label(setup).partition(', ')[2]}{', whole run' if setup.whole else ''}"
+        smaller = [f"{peak / sides['trl']['peak_mib']:.0%}", f"{peak / all_at_once(each)['peak_mib']:.0%}"]
+        lines.append(f"| {' | '.join([name, f'{rate:.2f}', *faster, *smaller])} |")
+    return "\n".join(lines)
 
 
 INTRO = """Same model, same rows in the same order, same global batch, same optimizer, float32, sides taking turns in
@@ -166,6 +210,7 @@ def measured(found: dict[str, Any]) -> str:
     parts += ["## Memory, padding, first step", ""]
     for name, title in PICTURES.items():
         parts += [f"{title}:", "", f"![{title}](plots/{name})", ""]
+        parts += [*memory_table(steps), ""] if name == "memory.svg" else []
     known = {str(Setup(**each["setup"])) for each in results}
     missing = [str(setup) for setup in TABLE if str(setup) not in known]
     if missing:
@@ -173,16 +218,21 @@ def measured(found: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def between(page: Path, marks: tuple[str, str], text: str) -> None:
+    """Puts ``text`` between two marks of a page; what stands around them is left as it is."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(marks[0])
+    _, _, after = rest.partition(marks[1])
+    page.write_text(f"{before}{marks[0]}\n{text}\n{marks[1]}{after}", encoding="utf-8")
+
+
 def write(docs: Path = DOCS) -> None:
-    """Puts plots and tables into ``docs``; what stands outside the marks of ``performance.md`` is left as it is."""
+    """Puts plots and tables into ``docs`` and the README above it."""
     found = json.loads((docs / "performance.json").read_text(encoding="utf-8"))
     (docs / "plots").mkdir(exist_ok=True)
     for name, drawing in plots(found["results"]).items():
         (docs / "plots" / name).write_text(drawing, encoding="utf-8")
-    page = docs / "performance.md"
-    before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    page.write_text(f"{before}{MARKS[0]}\n{measured(found)}\n{MARKS[1]}{after}", encoding="utf-8")
+    between(docs / "performance.md", MARKS, measured(found))
+    between(docs.parent / "README.md", README_MARKS, summary(found["results"]))
 
 
 if __name__ == "__main__":

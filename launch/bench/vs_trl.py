@@ -25,14 +25,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch.bench.workloads import CASES, SHAPES, make_model, rows_of, write_rows
+from launch.bench.workloads import CASES, SHAPES, has_real_rows, make_model, rows_of, write_rows
 
 SIDES = ("ours", "trl", "trl-best")
 WARM_UP = 2
+TRIED_STEPS = 3
 MICRO_BATCHES = (1, 2, 4, 8)
 TOLERANCE = 1e-3
 """How far losses may be apart: float32 sums in another order, after some steps of both."""
@@ -75,19 +77,25 @@ TABLE = (
 """What ``make bench`` measures, the most telling first."""
 
 
+def command(folder: Path, name: str, setup: Setup, micro: int = 0) -> list[str]:
+    """The words that start one side."""
+    words = ["--folder", folder, "--case", setup.case, "--steps", setup.steps, "--batch", setup.batch]
+    words += ["--micro", micro, *(["--lora"] if setup.lora else []), *(["--whole"] if setup.whole else [])]
+    return [sys.executable, "-m", "launch.bench.sides", name, *map(str, words)]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Of all sides: a cache of their own."""
+    return {**os.environ, "ALIGN_CACHE": str(folder / "cache"), "TOKENIZERS_PARALLELISM": "false"}
+
+
 def measure(folder: Path, name: str, setup: Setup, micro: int = 0) -> dict[str, Any]:
     """One side in a fresh process with a fresh cache."""
     for each in ("ours", "trl", "cache"):
         shutil.rmtree(folder / each, ignore_errors=True)
-    words = ["--folder", folder, "--case", setup.case, "--steps", setup.steps, "--batch", setup.batch]
-    words += ["--micro", micro, *(["--lora"] if setup.lora else []), *(["--whole"] if setup.whole else [])]
     started = time.time()
     with open(folder / "out.txt", "w+") as out, open(folder / "err.txt", "w+") as err:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "launch.bench.sides", name, *map(str, words)],
-            env={**os.environ, "ALIGN_CACHE": str(folder / "cache"), "TOKENIZERS_PARALLELISM": "false"},
-            stdout=out, stderr=err,
-        )  # fmt: skip
+        child = subprocess.Popen(command(folder, name, setup, micro), env=environment(folder), stdout=out, stderr=err)
         _, status, used = os.wait4(child.pid, 0)
         taken = time.time() - started
         child.returncode = os.waitstatus_to_exitcode(status)
@@ -103,18 +111,19 @@ def measure(folder: Path, name: str, setup: Setup, micro: int = 0) -> dict[str, 
     return result
 
 
-def fastest_micro(folder: Path, setup: Setup) -> int:
-    """TRL's rows per microbatch under which it is fastest, by one step each after a first one."""
-    found: dict[int, float] = {}
+def tried_out(folder: Path, setup: Setup) -> list[dict[str, Any]]:
+    """TRL without checkpointing, by rows per microbatch: seconds of a step after two, and peak memory (MiB)."""
+    found = []
     for micro in MICRO_BATCHES:
         if micro <= setup.batch and (setup.case != "unpaired" or micro > 1):
-            short = replace(setup, steps=WARM_UP + 1, whole=False)
-            found[micro] = min(measure(folder, "trl-best", short, micro)["seconds"])
-    return min(found, key=lambda micro: found[micro])
+            short = replace(setup, steps=min(WARM_UP + TRIED_STEPS, setup.steps), whole=False)
+            run = measure(folder, "trl-best", short, micro)
+            found.append({"micro": micro, "seconds": statistics.median(run["seconds"]), "peak_mib": run["peak_mib"]})
+    return found
 
 
 def compare(setup: Setup) -> dict[str, Any]:
-    """All rounds; what each side did in each, and TRL's fastest microbatch.
+    """All rounds; what each side did in each, TRL's fastest microbatch, and the others that were tried.
 
     Raises:
         SystemExit: the sides computed other losses, or one failed.
@@ -125,21 +134,41 @@ def compare(setup: Setup) -> dict[str, Any]:
         make_model(folder / "model", setup.shape, texts)
         write_rows(folder / "rows.jsonl", rows, folder / "model", setup.steps * setup.batch)
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in SIDES}
-        measure(folder, "ours", replace(setup, steps=WARM_UP + 1, whole=False))  # leaves the order of rows
-        micro = fastest_micro(folder, setup)
+        subprocess.run(command(folder, "plan", setup), check=True, env=environment(folder), stdout=subprocess.DEVNULL)
+        tried = tried_out(folder, setup)
+        micro = min(tried, key=lambda run: run["seconds"])["micro"]
         for _ in range(setup.rounds):
             for name, runs in results.items():
                 runs.append(measure(folder, name, setup, micro if name == "trl-best" else 0))
-    losses = {name: runs[0]["losses"] for name, runs in results.items()}
-    for name in list(losses)[1:]:
-        worst = max(abs(a - b) for a, b in zip(losses["ours"], losses[name], strict=True))
+    apart = max(largest_difference(setup, micro, runs) for runs in zip(*results.values(), strict=True))
+    first = results["ours"][0]
+    useful = first["filled"] / (setup.steps * setup.batch)
+    summary = {name: summarised(setup, runs, useful) for name, runs in results.items()}
+    return {
+        "setup": asdict(setup), "micro": micro, "tried": tried, "useful_tokens_per_row": useful, "sides": summary,
+        "losses": first["losses"], "losses_apart": apart, "rows": "real" if has_real_rows() else "made up",
+    }  # fmt: skip
+
+
+def largest_difference(setup: Setup, micro: int, runs: Sequence[dict[str, Any]]) -> float:
+    """Between our losses and those of another side in the same round, step by step.
+
+    Args:
+        setup: what is compared.
+        micro: rows per microbatch of TRL at its best.
+        runs: of ``SIDES``.
+    Raises:
+        SystemExit: they are not the same losses.
+    """
+    ours, *others = (run["losses"] for run in runs)
+    found = []
+    for name, theirs in zip(SIDES[1:], others, strict=True):
+        found.append(max(abs(a - b) for a, b in zip(ours, theirs, strict=True)))
         # TRL's TPO averages a mean over tokens over microbatches, so with several of them its loss is a little another.
         split = setup.case == "tpo" and name == "trl-best" and micro < setup.batch
-        if worst > (SPLIT_TOLERANCE * max(losses["ours"]) if split else TOLERANCE):
-            raise SystemExit(f"{setup}: {name} computes other losses (up to {worst:.2g} apart): {losses}")
-    useful = results["ours"][0]["filled"] / (setup.steps * setup.batch)
-    summary = {name: summarised(setup, runs, useful) for name, runs in results.items()}
-    return {"setup": asdict(setup), "micro": micro, "useful_tokens_per_row": useful, "sides": summary}
+        if found[-1] > (SPLIT_TOLERANCE * max(ours) if split else TOLERANCE):
+            raise SystemExit(f"{setup}: {name} computes other losses (up to {found[-1]:.2g} apart): {ours}, {theirs}")
+    return max(found)
 
 
 def summarised(setup: Setup, runs: list[dict[str, Any]], useful: float) -> dict[str, Any]:
@@ -162,8 +191,8 @@ def told(result: dict[str, Any]) -> str:
     setup = Setup(**result["setup"])
     ours = result["sides"]["ours"]["rows_per_second"][0]
     lines = [
-        f"{setup}: {setup.batch} rows a step, {setup.rounds} rounds; rows/s: median [least, most]; TRL at its best "
-        f"takes {result['micro']} rows at a time"
+        f"{setup}: {setup.batch} {result['rows']} rows a step, {setup.rounds} rounds; rows/s: median [least, most]; "
+        f"TRL at its best takes {result['micro']} rows at a time"
     ]
     for name, side in result["sides"].items():
         median, low, high = side["rows_per_second"]
@@ -173,7 +202,10 @@ def told(result: dict[str, Any]) -> str:
             f"tokens/s  padding {side['padding']:5.1%}  peak {side['peak_mib']:6,.0f} MiB  "
             f"first step {side['first_step']:5.1f} s{ratio}"
         )
-    return "\n".join(lines)
+    moved = max(result["losses"]) - min(result["losses"])
+    lines.append(f"  losses moved by {moved:.2g}, and are at most {result['losses_apart']:.1g} apart")
+    tried = (f"{run['micro']} rows {run['seconds']:.1f} s {run['peak_mib']:,.0f} MiB" for run in result["tried"])
+    return "\n".join([*lines, f"  TRL without checkpointing, a step: {', '.join(tried)}"])
 
 
 def main() -> None:
@@ -190,24 +222,31 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=standard.batch, help="rows per optimizer step")
     parser.add_argument("--table", action="store_true", help="run everything docs/performance.md shows")
+    parser.add_argument("--missing", action="store_true", help="with --table: only what the file of --into lacks")
     parser.add_argument(
         "--into", type=Path, help="file to keep the numbers in, in place of older ones of the same kind"
     )
     options = vars(parser.parse_args())
-    table, into = options.pop("table"), options.pop("into")
-    for setup in TABLE if table else (Setup(**options),):
+    table, missing, into = options.pop("table"), options.pop("missing"), options.pop("into")
+    if missing and not (table and into):
+        parser.error("--missing goes with --table and --into: it measures what that file lacks")
+    known = {str(Setup(**each["setup"])) for each in kept(into)} if missing else set()
+    for setup in [each for each in TABLE if str(each) not in known] if table else (Setup(**options),):
         result = compare(setup)
         print(told(result), flush=True)
         if into:  # after each, so that a run that is cut off leaves what it has
             keep(into, result)
 
 
+def kept(path: Path) -> list[dict[str, Any]]:
+    """The comparisons of a file that ``keep`` wrote; none where it is not there."""
+    return json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else []
+
+
 def keep(path: Path, result: dict[str, Any]) -> None:
     """Puts a comparison among those of the same machine, in the order of ``TABLE``."""
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"results": []}
-    named = {
-        str(Setup(**each["setup"])): each for each in (*found["results"], result | {"date": time.strftime("%Y-%m-%d")})
-    }
+    dated = result | {"date": time.strftime("%Y-%m-%d")}
+    named = {str(Setup(**each["setup"])): each for each in (*kept(path), dated)}
     order = {str(setup): i for i, setup in enumerate(TABLE)}
     results = sorted(named.values(), key=lambda each: order.get(str(Setup(**each["setup"])), len(order)))
     path.write_text(json.dumps(about_here() | {"results": results}, indent=1) + "\n", encoding="utf-8")

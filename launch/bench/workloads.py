@@ -31,6 +31,11 @@ def shared() -> Path:
     return Path(os.environ.get("ALIGN_SHARED") or Path(__file__).resolve().parents[3] / "shared")
 
 
+def has_real_rows() -> bool:
+    """Whether rows are real ones."""
+    return (shared() / "data").is_dir()
+
+
 def make_model(folder: Path, shape: str, texts: Iterator[str]) -> None:
     """A Llama with random weights, and a byte-level BPE of at most the shape's vocabulary trained on ``texts``."""
     import torch
@@ -73,10 +78,10 @@ def rows_of(case: str) -> list[dict[str, Any]]:
     """Every row there is of a case: real where ``ALIGN_SHARED`` has them, else made up.
 
     ``hh``: long prompts, short responses. ``long``: short prompts, the best and the worst of long responses.
-    ``turns``: dialogues of at least three turns. ``tpo``: a gold response with each pair. ``unpaired``: single labelled
-    completions.
+    ``turns``: dialogues of at least three turns. ``tpo``: the best response as gold, the second and the worst as pair.
+    ``unpaired``: single labelled completions.
     """
-    pairs = list(_pairs("long" if case == "tpo" else "hh" if case == "unpaired" else case))
+    pairs = list(_pairs("hh" if case == "unpaired" else case))
     if case != "unpaired":
         return [{key: value for key, value in row.items() if key in COLUMNS[case]} for row in pairs]
     good, bad = ({"completion": "chosen", "label": True}, {"completion": "rejected", "label": False})
@@ -88,14 +93,15 @@ def rows_of(case: str) -> list[dict[str, Any]]:
 
 
 def _pairs(case: str) -> Iterator[dict[str, Any]]:
-    if not (shared() / "data").is_dir():
+    if not has_real_rows():
         yield from made_up(case, 2000)
         return
-    if case == "long":
+    if case in ("long", "tpo"):
         for row in _lines("alpaca_eval_scored"):
             best, second, *_, worst = row["responses"]
             if len({each["text"].strip() for each in (best, second, worst)} - {""}) == 3:
-                texts = {"chosen": second, "rejected": worst, "reference": best}
+                chosen = best if case == "long" else second
+                texts = {"chosen": chosen, "rejected": worst, "reference": best}
                 prompt = f"Human: {row['prompt']}\n\nAssistant:"
                 yield {"prompt": prompt} | {name: f" {each['text']}" for name, each in texts.items()}
         return
@@ -115,7 +121,8 @@ def _lines(name: str) -> Iterator[Any]:
 def made_up(case: str, number: int) -> Iterator[dict[str, Any]]:
     """Random words, with lengths in bytes like those of the real ones."""
     rng = random.Random(0)
-    ranges = {"hh": ((100, 900), (20, 350)), "long": ((60, 300), (400, 1900)), "turns": ((600, 1200), (20, 350))}
+    ranges = {"hh": ((100, 900), (20, 350)), "turns": ((600, 1200), (20, 350))}
+    ranges |= dict.fromkeys(("long", "tpo"), ((60, 300), (400, 1900)))
 
     def text(limits: tuple[int, int]) -> str:
         length, written, parts = rng.randint(*limits), 0, []

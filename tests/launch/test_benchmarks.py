@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,13 +25,15 @@ def test_rows_have_what_their_case_takes(case: str, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.all
-@pytest.mark.parametrize(("case", "lora"), [("hh", False), ("hh", True), ("tpo", False), ("unpaired", False)])
-def test_ours_and_trl_compute_the_same_losses(case: str, lora: bool):
+@pytest.mark.parametrize("more", [{}, {"lora": True}, {"case": "tpo"}, {"case": "unpaired"}, {"whole": True}], ids=str)
+def test_ours_and_trl_compute_the_same_losses(more: dict[str, Any]):
     """Which the benchmark itself asserts."""
     pytest.importorskip("trl")
-    setup = vs_trl.Setup(case=case, shape="tiny", lora=lora, rounds=1, steps=3, batch=4)
-    result = vs_trl.compare(setup)
+    result = vs_trl.compare(vs_trl.Setup(**{"shape": "tiny", "rounds": 1, "steps": 3, "batch": 4, **more}))
+    assert result["losses_apart"] < vs_trl.TOLERANCE * max(result["losses"])
+    assert result["useful_tokens_per_row"] > 1
     assert result["sides"]["ours"]["padding"] == 0
+    assert result["sides"]["trl"]["padding"] > 0
     assert set(result["sides"]) == set(vs_trl.SIDES)
     assert "useful tokens/s" in vs_trl.told(result)
 

@@ -27,28 +27,38 @@ def side(rate: float, memory: float) -> dict[str, object]:
 def found() -> dict[str, object]:
     sides = {"ours": side(6.0, 1000), "trl": side(1.0, 3000), "trl-best": side(2.0, 2500)}
     setups = [asdict(Setup(case="hh", whole=whole)) for whole in (False, True)]
-    results = [{"setup": setup, "micro": 2, "sides": sides, "date": "d"} for setup in setups]
+    tried = [{"micro": micro, "seconds": 1.0, "peak_mib": 1000.0 * micro} for micro in (2, 4)]
+    results = [{"setup": setup, "micro": 2, "tried": tried, "sides": sides, "date": "d"} for setup in setups]
     return {"machine": "m", "versions": "v", "results": results}
 
 
 def test_tables_plots_and_what_stands_around_them(tmp_path: Path):
-    (tmp_path / "performance.json").write_text(json.dumps(found()))
-    marks = performance_page.MARKS
-    (tmp_path / "performance.md").write_text(f"before\n{marks[0]}\nold\n{marks[1]}\nafter\n")
-    performance_page.write(tmp_path)
-    text = (tmp_path / "performance.md").read_text()
-    assert text.startswith("before\n")
-    assert text.endswith(f"{marks[1]}\nafter\n")
-    assert "old\n" not in text
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "performance.json").write_text(json.dumps(found()))
+    pages = {docs / "performance.md": performance_page.MARKS, tmp_path / "README.md": performance_page.README_MARKS}
+    for page, marks in pages.items():
+        page.write_text(f"before\n{marks[0]}\nold\n{marks[1]}\nafter\n")
+    performance_page.write(docs)
+    for page, marks in pages.items():
+        assert page.read_text().startswith(f"before\n{marks[0]}\n|" if page.name == "README.md" else "before\n")
+        assert page.read_text().endswith(f"{marks[1]}\nafter\n")
+        assert "old\n" not in page.read_text()
+    text = (docs / "performance.md").read_text()
     assert (
         "| TRL at its best (2 rows at a time) | 2.00 [1.80, 2.40] | 200 | 25.0% | 2,500 MiB | 12 s | 3.0 times |"
         in text
     )
     assert "| TRL at its defaults | 1.00 [0.90, 1.20] | 100 | 25.0% | 3,000 MiB | 12 s | 6.0 times |" in text
     for name in re.findall(r"plots/(\w+\.svg)", text):
-        drawn = ElementTree.parse(tmp_path / "plots" / name).iter("{http://www.w3.org/2000/svg}rect")
-        assert len(list(drawn)) == 3 + 3  # legend and bars
-    steps = ElementTree.parse(tmp_path / "plots" / "steps.svg")
+        drawn = ElementTree.parse(docs / "plots" / name).iter("{http://www.w3.org/2000/svg}rect")
+        assert len(list(drawn)) == 2 * (4 if name == "memory.svg" else 3), "legend and bars"
+    assert (
+        "| pairs, long prompts and short responses, 16m, whole run | 6.00 | 6.0 times | 3.0 times | 33% | 25% |"
+        in (tmp_path / "README.md").read_text()
+    )
+    assert "| 1,000 MiB | 3,000 MiB: ours is 33% | 4,000 MiB: ours is 25% | 2,500 MiB: ours is 40% |" in text
+    steps = ElementTree.parse(docs / "plots" / "steps.svg")
     ours, best, defaults = [float(each.attrib["width"]) for each in steps.iter("{http://www.w3.org/2000/svg}rect")][3:]
     assert round(ours / defaults, 1) == 6
     assert round(best / defaults, 1) == 2
@@ -63,10 +73,14 @@ def test_numbers_replace_older_ones_of_the_same_kind(tmp_path: Path):
     assert [(each["setup"], each["micro"]) for each in results] == [(second, 2), (first, 3)]
 
 
-def test_the_page_is_up_to_date(tmp_path: Path):
-    for name in ("performance.json", "performance.md"):
-        (tmp_path / name).write_text((DOCS / name).read_text(encoding="utf-8"), encoding="utf-8")
-    performance_page.write(tmp_path)
-    assert (tmp_path / "performance.md").read_text() == (DOCS / "performance.md").read_text(), "run performance_page"
-    for drawing in (tmp_path / "plots").iterdir():
+def test_the_pages_are_up_to_date(tmp_path: Path):
+    copy = tmp_path / "docs"
+    copy.mkdir()
+    pages = ("docs/performance.json", "docs/performance.md", "README.md")
+    for name in pages:
+        (tmp_path / name).write_text((DOCS.parent / name).read_text(encoding="utf-8"), encoding="utf-8")
+    performance_page.write(copy)
+    for name in pages:
+        assert (tmp_path / name).read_text() == (DOCS.parent / name).read_text(), "run performance_page"
+    for drawing in (copy / "plots").iterdir():
         assert drawing.read_text() == (DOCS / "plots" / drawing.name).read_text(), drawing.name
