@@ -72,7 +72,8 @@ TROUBLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("some pairs are clear, others hardly differ", "let the scores say how far apart they belong",
      ("rpo_reward_aware", "mm_dpo", "margin_bt", "scaled_bt")),
     ("good rejected responses are unlearned", "condition on the score", ("reward_augmented",)),
-    ("no memory for a reference model that is not cached, or no SFT stage wanted", "objectives without a reference",
+    ("a second model for the reference does not fit into memory and its log-probs can't be cached; or no SFT stage is "
+     "wanted", "objectives without a reference",
      ("orpo", "cpo", "simpo", "alpha_po", "tpo")),
     ("there are only single responses with thumbs", "learn from labels", ("bco", "kto", "apo_zero_unpaired")),
     ("supervised tuning forgets old skills", "weigh what is learned, or hold the weights",
@@ -87,11 +88,15 @@ TROUBLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 )  # fmt: skip
 """What goes wrong, what to try, and the names of it."""
 
+NOT_SHOWN = ("reward_augmented", "talr", "flow")
+"""Tried here against what it goes wrong with, without showing that it helps: docs/what_each_is_for.md."""
+
 
 def page() -> str:
     """The whole page."""
     recipes = recipes_by_name()
-    counts = ", ".join(f"{len(registry.names())} {title.lower()}" for title, registry, _ in SECTIONS.values())
+    numbers = ((len(registry.names()), title.lower()) for title, registry, _ in SECTIONS.values())
+    counts = ", ".join(f"{number} {title if number > 1 else title.removesuffix('s')}" for number, title in numbers)
     lines = [
         "# Objectives",
         "",
@@ -121,7 +126,7 @@ def page() -> str:
         "",
         "| what you see | what helps | try |",
         "|---|---|---|",
-        *(f"| {seen} | {helps} | {', '.join(map(_link, names))} |" for seen, helps, names in TROUBLE),
+        *(f"| {seen} | {helps} | {', '.join(map(_tried, names))} |" for seen, helps, names in TROUBLE),
     ]
     for title, registry, how in SECTIONS.values():
         lines += ["", f"## {title}", "", how]
@@ -135,6 +140,10 @@ def _serves(rows: RowsKind, name: str) -> bool:
     if not rows.scored and not set(attributes_in(needs.numbers)) <= rows.scores:
         return False
     return not rows.missing(needs.legs, labels=needs.labels, scores=needs.numbers)
+
+
+def _tried(name: str) -> str:
+    return _link(name) + (" ([not shown here](what_each_is_for.md))" if name in NOT_SHOWN else "")
 
 
 def _link(name: str) -> str:

@@ -1,7 +1,7 @@
 """Writes ``docs/scale.md``: what a run takes on 1, 8 and 64 GPUs, from formulas and from what was measured.
 
-.venv/bin/python -m launch.bench.engines --into docs/scale.json      measures (two CPU processes)
-.venv/bin/python -m launch.scale_page [--check]                      writes the page
+python -m launch.bench.engines --into docs/scale.json      measures (two CPU processes)
+python -m launch.scale_page [--check]                      writes the page
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ LORA_SHARE = 0.005
 PEAK = 989e12
 """An H100's dense bfloat16 operations a second, by its data sheet."""
 SHARES = (0.22, 0.4)
-"""Of the peak: the best published figure of preference training, and what long packed sequences should reach."""
+"""Of the peak: 22.48 % are published for packed DPO of OLMo2-7B on 16 H100 (https://github.com/allenai/open-instruct,
+pull request 1466); 40 % for long packed sequences is our assumption."""
 WITHIN, BETWEEN = 450e9, 50e9
 """Bytes a second and direction of NVLink 4 within a machine and of 400 Gbit/s InfiniBand between, by data sheets."""
 
@@ -87,8 +88,8 @@ ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 
 
 def advice(model: Model, gpus: int, *, lora: bool) -> str:
-    """The first engine that fits with a tenth to spare, the least communication first."""
-    order = ("ddp", "zero2", "fsdp2") if gpus > 1 else ("ddp",)
+    """The first engine that fits with a tenth to spare, from what divides least to what divides most."""
+    order = ("ddp", "zero1", "zero2", "fsdp2") if gpus > 1 else ("ddp",)
     for engine in order:
         if memory(model, engine, gpus, lora=lora) < 0.9 * GPU_MEMORY:
             return "single" if gpus == 1 else engine
@@ -109,7 +110,7 @@ def _traffic_table() -> Iterator[str]:
     yield "| model | engine | GB a step, 1 microbatch | 8 microbatches | seconds within a machine | between machines |"
     yield "|---|---|---|---|---|---|"
     for model in MODELS:
-        for engine in ("ddp", "zero2", "zero3", "fsdp2"):
+        for engine in ENGINES:
             one, eight = (communication(model, engine, number) for number in (1, 8))
             times = f"{one / WITHIN:.2f} to {eight / WITHIN:.2f} | {one / BETWEEN:.1f} to {eight / BETWEEN:.1f}"
             yield f"| {model.name} | {engine} | {one / 1e9:,.0f} | {eight / 1e9:,.0f} | {times} |"
@@ -166,8 +167,10 @@ def page() -> str:
         "",
         "Memory is the most that the first and the second process have had: when the first one's weights are in host",
         "memory and the second has at most its part, and at the end. Under `zero3` and `fsdp2` one process reads for",
-        "all, and the others make room that takes no place. That shows for `fsdp2`; DeepSpeed on CPUs receives weights",
-        "into the room, where on GPUs it receives them there (by its source, not measured). Most of it is the program.",
+        "all; the others allocate memory for the weights and never write to it, so that it takes no physical memory.",
+        "That shows for `fsdp2`, which sends one weight after the other. DeepSpeed sends all of them: on CPUs they are",
+        "written to that memory after all, on GPUs to the GPU's (by its source, not measured). Most of all this is the",
+        "program itself.",
         "",
         "## Memory of one GPU (GB), all weights trained",
         "",
@@ -176,7 +179,9 @@ def page() -> str:
         "",
         *_memory_table(lora=False),
         "",
-        "## Memory of one GPU (GB), LoRA",
+        "## Memory of one GPU (GB), LoRA with r 16 on all linear layers",
+        "",
+        f"As above; trained weights are taken to be {LORA_SHARE:.1%} of all (0.3 to 1 % by shape), and grow with r.",
         "",
         *_memory_table(lora=True),
         "",
@@ -190,8 +195,10 @@ def page() -> str:
         "## Arithmetic",
         "",
         f"6 operations a weight and token to train, 2 for the reference, at {SHARES[1]:.0%} and {SHARES[0]:.0%} of an "
-        "H100's peak: the latter is",
-        "the best published figure for preference training. Tokens are prompts once plus responses.",
+        "H100's peak. The latter is",
+        "published for packed DPO of a 7B model on 16 H100 ([open-instruct, pull request",
+        "1466](https://github.com/allenai/open-instruct/pull/1466): 22.48 %); the former is our assumption. Tokens are",
+        "prompts once plus responses.",
         "",
         *_arithmetic_table(),
         "",
@@ -199,7 +206,8 @@ def page() -> str:
         "",
         "1. What fits on one GPU: `single`, several GPUs: `ddp`. LoRA makes 8B fit on one.",
         "2. What does not: `zero1` where weights and gradients still fit, which communicates least; then `zero2`; then",
-        "   `fsdp2` or `zero3`, which divide everything.",
+        "   `fsdp2` or `zero3`, which divide everything. The column *take* follows this order, with a tenth of the GPU",
+        "   to spare.",
         "3. Between machines the first bottleneck is the network: 8B under `fsdp2` gathers its weights in "
         f"{gathered:.1f} s a",
         f"   microbatch and computes 64 Ki tokens on 8 GPUs in {step:.1f} s. Fewer, larger microbatches (a larger",

@@ -82,7 +82,7 @@ class NashMD:
 
     with y a sample of the policy, p the probability that y is preferred to a sample of the opponent, and
     stop[] without gradient; averaged over rows. A row of two tokens with log-probs −0.5 and −1, under the reference
-    −0.7 and −0.6, and p = 0.689974 costs 0.1·0.3 + 0.189974·1.5 = 0.314962 at β = 0.1.
+    −0.7 and −0.6, and p = 0.68997448 costs 0.1·0.3 + 0.18997448·1.5 = 0.31496172 at β = 0.1.
 
     The column ``preference`` is p, in [0, 1]; the opponent, in the paper the geometric mixture of policy and reference,
     is sampled and judged before. ½ is a control variate. The loss is made for its gradient, and its value means little:
