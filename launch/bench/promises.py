@@ -1,6 +1,6 @@
 """Does every recipe do what it promises? Thirty steps of each on real data with a real model: one table.
 
-    make promises            or: .venv/bin/python -m launch.bench.promises [--only rpo,simpo]
+    make promises            or: python -m launch.bench.promises [--only rpo,simpo]
 
 Every recipe in ``launch/recipes`` trains a small pretrained model (stories260k) for thirty steps on 48 real prompts of
 ``alpaca_eval_scored`` (those that compare lengths: on short pairs of ``hh_harmless``), with its own settings but for
@@ -11,6 +11,7 @@ What is asked of whom follows from what an objective declares:
   pairs            ranking accuracy (does the policy itself give the chosen response more probability?) rises
   labels           AUC of how much desirable and undesirable responses were raised is above 1/2
   one response     its log-prob per token rises
+  preference       the log-prob of a response moves to the side on which it is preferred
   reward models    accuracy rises, or the error falls
 and of some by name: RPO, DPOP, Cal-DPO and NCA keep chosen responses likelier than DPO at an equal margin, from a
 policy that was fine-tuned on the chosen responses; tokens that goldfish drops keep more of their loss; under
@@ -45,7 +46,12 @@ from objectives.stats import Estimate, mean_with_interval
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "promises.md"
 STEPS, PROMPTS = 30, 48
-SCORED = "alpaca_eval_scored"
+SCORED, HH = "alpaca_eval_scored", "hh_harmless"
+SFT_STEPS = 90
+"""Of likelihood of the chosen responses, before those of LIKELIER."""
+PAIRS, SHORT, LENGTH_ALPHA = 400, 160, 0.05
+"""Pairs at most, their length in tokens at most, and R-DPO's weight, for those of SHORTER."""
+YES, NOT_SHOWN, NO = "yes", "not shown", "**no**"
 RATES = {"rpo_reward_aware": 2e-5}
 """Whose margins should stop at small numbers; all others take 5e-4."""
 LIKELIER = ("rpo", "dpop", "cal_dpo", "nca")
@@ -161,24 +167,38 @@ def train(name: str, data: str, folder: Path, *more: str) -> Trained:
 # ---- what is asked ----
 
 
-def promise(run: Trained) -> tuple[str, str, bool]:
-    """What the kind of objective promises, the numbers, and whether it is kept."""
+def verdict(before: float, after: Estimate, *, rises: bool = True) -> str:
+    """Whether a number moved as promised, by more than its interval after the last step."""
+    sign = 1 if rises else -1
+    if sign * (after.value - before) <= 0:
+        return NO
+    return YES if sign * ((after.low if rises else after.high) - before) > 0 else NOT_SHOWN
+
+
+def without_interval(kept: bool) -> str:
+    """The verdict on numbers of which no interval is known."""
+    return f"{YES} (no interval)" if kept else NO
+
+
+def promise(run: Trained) -> tuple[str, str, str]:
+    """What the kind of objective promises, the numbers, and the verdict."""
     first, last = run.first, run.last
     value = next((key for key in last if key.startswith("value_")), None)
     if value is not None and "value_completion" in value:
         score = np.asarray(last[f"score_{value.split('/')[1]}"])
         before, after = (run.clustered((sums[value] - score) ** 2) for sums in (first, last))
-        return "squared error falls", _both(before, after), after.value < before.value
+        return "squared error falls", _both(before, after), verdict(before.value, after, rises=False)
     if value is not None:
         name = value.split("/")[1]
         before, after = (
             run.clustered(_wins(sums[f"value_chosen/{name}"], sums[f"value_rejected/{name}"])) for sums in (first, last)
         )
-        return "accuracy rises", _both(before, after), after.value > before.value
+        return "accuracy rises", _both(before, after), verdict(before.value, after)
     if any(entry.name == "rpo_reward_aware" for entry in run.recipe.objectives):
         # Its margins are to be as large as differences of scores, not as large as can be.
         seen = [line["eval/loss"] for line in run.lines if "eval/loss" in line]
-        return "distance of margins from score differences falls", f"{seen[0]:.5f} → {seen[-1]:.5f}", seen[-1] < seen[0]
+        numbers, kept = f"{seen[0]:.5f} → {seen[-1]:.5f}", without_interval(seen[-1] < seen[0])
+        return "distance of margins from score differences falls", numbers, kept
     if "policy_chosen" in last and "policy_rejected" in last:
         before, after = (run.clustered(_wins(sums["policy_chosen"], sums["policy_rejected"])) for sums in (first, last))
         if run.recipe.mixture.needs.legs and _per_token(run.recipe):
@@ -190,24 +210,26 @@ def promise(run: Trained) -> tuple[str, str, bool]:
                 )
                 for sums in (first, last)
             )
-            return "ranking accuracy per token rises", _both(before, after), after.value > before.value
-        return "ranking accuracy rises", _both(before, after), after.value > before.value
+            return "ranking accuracy per token rises", _both(before, after), verdict(before.value, after)
+        return "ranking accuracy rises", _both(before, after), verdict(before.value, after)
     if "score_preference" in last:
         liked = np.asarray(last["score_preference"]) - 0.5
         before, after = (
             run.clustered(liked * (sums["policy_completion"] - first["policy_completion"])) for sums in (first, last)
         )
-        return "log-prob follows preference", _both(before, after), after.value > 0
+        return "log-prob follows preference", _both(before, after), verdict(0.0, after)
     if "policy_completion" in last:
         auc = [line["eval/labels/auc"] for line in run.lines if "eval/labels/auc" in line]
-        return "AUC of labels rises above 1/2", f"{auc[0]:.3f} → {auc[-1]:.3f}", auc[-1] > max(auc[0], 0.5)
+        kept = without_interval(auc[-1] > max(auc[0], 0.5))
+        return "AUC of labels rises above 1/2", f"{auc[0]:.3f} → {auc[-1]:.3f}", kept
     if any(entry.name == "dft" for entry in run.recipe.token_weights):
         # Which it learns in place of log-probs: what is all but impossible stays so.
         seen = [line["dft/weight"] for line in run.lines if "dft/weight" in line]
-        return "mean probability of tokens rises", f"{seen[0]:.4f} → {seen[-1]:.4f}", seen[-1] > seen[0]
+        kept = without_interval(seen[-1] > seen[0])
+        return "mean probability of tokens rises", f"{seen[0]:.4f} → {seen[-1]:.4f}", kept
     leg = next(key for key in last if key.startswith("policy_")).removeprefix("policy_")
     before, after = (run.clustered(sums[f"policy_{leg}"] / sums[f"length_{leg}"]) for sums in (first, last))
-    return f"log-prob of {leg} per token rises", _both(before, after), after.value > before.value
+    return f"log-prob of {leg} per token rises", _both(before, after), verdict(before.value, after)
 
 
 def _per_token(recipe: Recipe) -> bool:
@@ -275,7 +297,7 @@ def compared(names: Sequence[str], goldfish: Trained | None, submit: Callable[..
     wanted = [name for name in LIKELIER if name in names]
     if wanted:
         # From a policy that has learned the chosen responses, as is practice: there DPO lowers them.
-        started = submit("sft", SCORED, "--max_length=256", "--leg=chosen", "--max_steps=90").result()
+        started = submit("sft", SCORED, "--max_length=256", "--leg=chosen", f"--max_steps={SFT_STEPS}").result()
         start = f"--model_name_or_path={started.folder}"
         tasks = {name: submit(name, SCORED, "--max_length=256", start, into="from-sft") for name in ("dpo", *wanted)}
         plain = tasks["dpo"].result()
@@ -285,7 +307,12 @@ def compared(names: Sequence[str], goldfish: Trained | None, submit: Callable[..
             own, theirs = chosen_at(run, at), chosen_at(plain, at)
             numbers = f"{own:+.2f} nats, dpo {theirs:+.2f}, at a margin of {at:.1f}"
             rows.append(
-                _row(name, "chosen responses stay likelier than under dpo at equal margin", numbers, own > theirs)
+                _row(
+                    name,
+                    "chosen responses stay likelier than under dpo at equal margin",
+                    numbers,
+                    without_interval(own > theirs),
+                )
             )
     if goldfish is not None:
         lines = [line for line in goldfish.lines if "goldfish/loss_kept" in line]
@@ -293,22 +320,49 @@ def compared(names: Sequence[str], goldfish: Trained | None, submit: Callable[..
             kind: lines[0][f"goldfish/loss_{kind}"] - lines[-1][f"goldfish/loss_{kind}"] for kind in ("kept", "dropped")
         }
         numbers = f"loss of dropped tokens falls by {fell['dropped']:.3f}, of kept ones by {fell['kept']:.3f}"
-        rows.append(_row("goldfish", "dropped tokens keep more of their loss", numbers, fell["dropped"] < fell["kept"]))
+        kept = without_interval(fell["dropped"] < fell["kept"])
+        rows.append(_row("goldfish", "dropped tokens keep more of their loss", numbers, kept))
     wanted = [name for name in SHORTER if name in names]
     if wanted:
-        short = ("--truncation=drop", "--max_rows=400", "--max_length=160", "--format=auto")
-        more = {"r_dpo": ("--length_alpha=0.05",)}
-        tasks = {name: submit(name, "hh_harmless", *short, *more.get(name, ()), into="hh") for name in ("dpo", *wanted)}
+        short = ("--truncation=drop", f"--max_rows={PAIRS}", f"--max_length={SHORT}", "--format=auto")
+        more = {"r_dpo": (f"--length_alpha={LENGTH_ALPHA}",)}
+        tasks = {name: submit(name, HH, *short, *more.get(name, ()), into="hh") for name in ("dpo", *wanted)}
         plain_slope = length_slope(tasks["dpo"].result())
         for name in wanted:
             own = length_slope(tasks[name].result())
             numbers = f"correlation with the difference in length {own:+.2f}, dpo {plain_slope:+.2f}"
-            rows.append(_row(name, "longer responses gain less margin than under dpo", numbers, own < plain_slope))
+            kept = without_interval(own < plain_slope)
+            rows.append(_row(name, "longer responses gain less margin than under dpo", numbers, kept))
     return rows
 
 
-def _row(name: str, what: str, numbers: str, kept: bool) -> str:
-    return f"| [{name}](../launch/recipes/{name}.yaml) | {what} | {numbers} | {'yes' if kept else '**no**'} |"
+def _row(name: str, what: str, numbers: str, kept: str) -> str:
+    return f"| [{name}](../launch/recipes/{name}.yaml) | {what} | {numbers} | {kept} |"
+
+
+ABOUT = (
+    "Measured by `make promises`: thirty steps of 16 rows of every recipe, on the responses to up to "
+    f"{PROMPTS} prompts of AlpacaEval with stories260k, evaluated on the rows trained on, of one run each. Recipes "
+    "keep their own settings but for the learning rate: 5e-4 (reward-aware RPO: 2e-5), which suits this small model and "
+    "not each objective's scale. So this says whether an objective moves what it is made to move, not how well it does on "
+    "other rows, nor which one is better.",
+    "",
+    "*Measured* is before → after, with the 95 % interval over prompts of the number after. **yes**: it moved as "
+    "promised, and the interval leaves out where it began. **not shown**: it moved as promised, by less than that. "
+    "**yes (no interval)**: it moved as promised, and how sure that is was not measured. **no**: it did not.",
+    "",
+    "The rows of reward_augmented name the score that is wanted, which a model of 260 thousand weights can't read. "
+    "Those of xpo and nash_md are no samples of the policy: every other chosen response passes for its own, and a "
+    "score for the probability that a response is preferred. *Log-prob follows preference*: the mean of (preference − "
+    "½) times the change of a response's log-prob, nats.",
+)
+BESIDE = (
+    f"rpo, dpop, cal_dpo and nca, and DPO beside them, start from {SFT_STEPS} steps of sft on the chosen responses of "
+    "the same rows; the margin is nine tenths of the smaller of the two largest mean margins. r_dpo, ld_dpo, simpo and "
+    f"dpo_norm, and DPO beside them, train on pairs of Anthropic HH harmless (of the first {PAIRS} those of up to "
+    f"{SHORT} tokens), r_dpo with length_alpha {LENGTH_ALPHA:g}; the correlation is that of a pair's gain in margin "
+    "with the difference in length. One run each and no intervals.",
+)
 
 
 def report(names: Sequence[str], folder: Path) -> str:
@@ -328,15 +382,8 @@ def report(names: Sequence[str], folder: Path) -> str:
             print(f"{rows[-1]}  ({runs[name].seconds:.0f} s)", flush=True)
         further = compared(names, runs.get("goldfish"), submit)
     print("\n".join(further), flush=True)
-    about = (
-        "Measured by `make promises`: thirty steps of every recipe on real prompts with stories260k, evaluated on the "
-        "rows trained on. Before → after, intervals 95 % over prompts, of one run each; learning rates are 5e-4 "
-        "(reward-aware RPO: 2e-5), which suits this small model and not each objective's scale. **no** means what it "
-        "says. The rows of reward_augmented name the score that is wanted, which a model of 260 thousand weights "
-        "can't read."
-    )
     head = ["| recipe | promise | measured | kept |", "|---|---|---|---|"]
-    lines = ["# Promises", "", about, "", *head, *rows, "", "## Beside DPO", "", *head, *further]
+    lines = ["# Promises", "", *ABOUT, "", *head, *rows, "", "## Beside DPO", "", *BESIDE, "", *head, *further]
     return "\n".join(lines) + "\n"
 
 
