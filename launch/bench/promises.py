@@ -343,9 +343,9 @@ def _row(name: str, what: str, numbers: str, kept: str) -> str:
 ABOUT = (
     "Measured by `make promises`: thirty steps of 16 rows of every recipe, on the responses to up to "
     f"{PROMPTS} prompts of AlpacaEval with stories260k, evaluated on the rows trained on, of one run each. Recipes "
-    "keep their own settings but for the learning rate: 5e-4 (reward-aware RPO: 2e-5), which suits this small model and "
-    "not each objective's scale. So this says whether an objective moves what it is made to move, not how well it does on "
-    "other rows, nor which one is better.",
+    "keep their own settings but for the learning rate: 5e-4 (reward-aware RPO: 2e-5), which suits this small model "
+    "and not each objective's scale. So this says whether an objective moves what it is made to move, not how well it "
+    "does on other rows, nor which one is better.",
     "",
     "*Measured* is before → after, with the 95 % interval over prompts of the number after. **yes**: it moved as "
     "promised, and the interval leaves out where it began. **not shown**: it moved as promised, by less than that. "
