@@ -1,6 +1,6 @@
 """Makes the policy that ships with the embedded world: tokenizer and weights, from nothing, in about ten minutes.
 
-    OMP_NUM_THREADS=1 .venv/bin/python -m launch.pretrain_world --output_dir data/worlds/policy
+    OMP_NUM_THREADS=1 python -m launch.pretrain_world --output_dir data/worlds/policy
 
 It learns from what a base model learns from, good and flawed answers mixed (``data.worlds.candidates``) and some
 arithmetic, so that it knows both, its samples vary, and preferences have something to choose from.

@@ -1,6 +1,6 @@
 """The main job on the embedded world: sample from the shipped policy, score, make pairs, train, evaluate.
 
-    make quickstart            or: .venv/bin/python -m launch.quickstart [--output_dir runs/quickstart]
+    make quickstart            or: python -m launch.quickstart [--output_dir runs/quickstart]
 
 The policy is a language model of about one million parameters that answers short word problems, and gets less than half
 of them right when sampled. Its own samples are scored against the known answers and paired, the best against a worse

@@ -1,7 +1,7 @@
 """Writes ``docs/support.md``: which objective runs on which engine, with which adapter, reference and precision.
 
-    .venv/bin/python -m launch.support_page            writes it
-    .venv/bin/python -m launch.support_page --check    says whether it is up to date
+    python -m launch.support_page            writes it
+    python -m launch.support_page --check    says whether it is up to date
 
 Nothing in the table is written down: every combination is put to what refuses recipes at the start of a run, reading
 (``align.contradictions``) and launching (``align.support``).

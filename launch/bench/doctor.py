@@ -1,6 +1,6 @@
 """The data doctor on made-up rows: time, rows per second and memory, and whether what was planted is found.
 
-    make bench_doctor        or: .venv/bin/python -m launch.bench.doctor [--rows 10000,100000,1000000]
+    make bench_doctor        or: python -m launch.bench.doctor [--rows 10000,100000,1000000]
 
 Pairs of about 125 words, made from a seed, of which known shares are copies, near copies (the last words exchanged),
 contradictions, echoes and so on. Every size runs in a fresh process with a fresh cache, without a tokenizer, near

@@ -1,6 +1,6 @@
 """Would the tests notice? Breaks each objective in small ways and counts how many breaks the tests catch.
 
-    make mutants              or: .venv/bin/python -m launch.bench.mutants [--only dpo,links] [--share 0.2]
+    make mutants              or: python -m launch.bench.mutants [--only dpo,links] [--share 0.2]
 
 A mutant is one change in one place of a formula: a sign flipped, + for −, a mask or weight left out, a mean for a sum,
 a value detached or no longer detached, a bound or a constant changed. Each runs in a process of its own, against the

@@ -1,6 +1,6 @@
 """Preparing rows against TRL: rows per second, memory, and how long a second start takes.
 
-    make bench_preparation        or: .venv/bin/python -m launch.bench.preparation [--rows 10000,100000,1000000]
+    make bench_preparation        or: python -m launch.bench.preparation [--rows 10000,100000,1000000]
 
 The same made-up rows for both, prompts and responses as long as dialogues have them. Each side runs in a fresh process
 with a fresh cache, in turns. Ours is timed from the file to mapped tables; of TRL only what its DPOTrainer does to the

@@ -1,6 +1,6 @@
 """What every recipe costs, relative to DPO's: time of a step, peak memory, and the share of the loss's own arithmetic.
 
-    make recipe_costs         or: .venv/bin/python -m launch.bench.recipe_costs [--only dpo,tdpo]
+    make recipe_costs         or: python -m launch.bench.recipe_costs [--only dpo,tdpo]
 
 Each recipe trains stories260k in a process of its own, on the same 48 prompts of ``alpaca_eval_scored`` (in
 ``ALIGN_SHARED``, default ``../shared``), twelve steps of sixteen rows; DPO runs again after every eight others. A

@@ -1,6 +1,6 @@
 """Whether rounds, selection and QAlign do what they promise, on the embedded world: numbers with 95 % intervals.
 
-    make selection             or: .venv/bin/python -m launch.bench.selection --into docs/selection.json
+    make selection             or: python -m launch.bench.selection --into docs/selection.json
     --parts rounds,qalign      only these; others of the file are kept
     --quick                    tiny numbers that say nothing, in under a minute: whether it runs
 

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from evals.__main__ import main
-from evals.compare import Compared, compare, read_run
+from evals.compare import ALLOWABLE, Compared, compare, read_run
 from evals.compare_text import rendered, short_names
 from evals.measured import Measured, means_by_prompt
 from evals.ranking import mean_of, share_of
 from evals.results import Result, Results
 from evals.scores import write_scores
 from evals.significance import holm, paired
+from tests.support import REPOSITORY
 
 PROMPTS = [f"p{i}" for i in range(200)]
 
@@ -294,3 +295,12 @@ def test_short_names_tell_runs_apart():
     assert short_names(["runs/a", "runs/b"]) == {"runs/a": "a", "runs/b": "b"}
     assert short_names(["x/run", "y/run"]) == {"x/run": "x/run", "y/run": "y/run"}
     assert short_names(["x/results.json", "y/results.json"]) == {"x/results.json": "x", "y/results.json": "y"}
+
+
+def test_help_and_page_name_everything_that_can_be_allowed(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    said = " ".join(capsys.readouterr().out.split()).partition("compare although ")[2].partition(" differ")[0]
+    assert said.replace(" or ", ", ").split(", ") == list(ALLOWABLE)
+    named = (REPOSITORY / "docs" / "compare.md").read_text().partition("by name:")[2].partition("Other datasets")[0]
+    assert [name for name in ALLOWABLE if f"`{name}`" not in named] == []
