@@ -48,7 +48,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="WHAT",
-        help="compare although template, sampling, judge, baseline, controls, reference, data or n differ; may be repeated",
+        help="compare although template, sampling, judge, baseline, controls, reference, data or n differ; repeatable",
     )
     parser.add_argument("--json", action="store_true", help="print every comparison as JSON")
 
