@@ -15,7 +15,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from align.engines import launched, rehearse_on_cpu
+from align.engines import launched, on_gpu, rehearse_on_cpu
 from align.errors import RecipeError
 from align.model import PACKING, compute_dtype
 from align.recipe import Recipe
@@ -108,7 +108,7 @@ def token_budget(asked: int | str, lengths: np.ndarray, most: int | None = None)
     """
     if asked != "auto":
         return int(asked)
-    enough = GPU_BUDGET if torch.cuda.is_available() else CPU_BUDGET
+    enough = GPU_BUDGET if on_gpu() else CPU_BUDGET
     return max(min(enough, most or enough), int(lengths.max(initial=0)))
 
 
@@ -152,7 +152,7 @@ def check_names(recipe: Recipe) -> None:
     train = recipe.train
     _known("optim", "optimizer", train.optim, [name.value for name in OptimizerNames])
     _known("lr_scheduler_type", "schedule", train.lr_scheduler_type, [name.value for name in SchedulerType])
-    if train.optim.startswith("paged_") and not torch.cuda.is_available():
+    if train.optim.startswith("paged_") and not on_gpu():
         raise RecipeError(
             f"train.optim {train.optim} moves state between a GPU and its host, and there is no GPU; use "
             f"{train.optim.removeprefix('paged_')}"
@@ -194,7 +194,7 @@ def training_arguments(recipe: Recipe, microbatches: int, *, evaluate: bool) -> 
         RecipeError: transformers refuses a value (an optimizer whose package is not installed).
     """
     train = recipe.train
-    on_cpu = not torch.cuda.is_available()
+    on_cpu = not on_gpu()
     try:
         arguments = TrainingArguments(
             output_dir=train.output_dir,
@@ -238,6 +238,8 @@ def training_arguments(recipe: Recipe, microbatches: int, *, evaluate: bool) -> 
         )
     except (ValueError, ImportError) as error:
         raise RecipeError(f"train: {_one_line(error)}; change that key") from None
+    # One process takes one GPU: transformers would wrap the model for all it sees, with threads that share one batch.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     if arguments.world_size > 1:  # which makes the process group
         rehearse_on_cpu()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable
@@ -115,6 +116,10 @@ def build(
     if not recipe.train.allow_dropout:
         models.switch_off_dropout(model)
     _tell_parameters(model, say)
+    # Read here, where weights are in host memory.
+    fingerprint = models.weights_fingerprint(model)
+    bare = models.starts_as_base(model, recipe.lora) or recipe.reference.model == "base"
+    of_reference = models.weights_fingerprint(model, without_adapter=True) if bare else fingerprint
     if shards_weights(launched()):  # whole, it may be larger than a device
         share, path_check = _path_of_a_part(recipe, config, model, prepared.train.table, dtype, args.device)
     else:
@@ -147,8 +152,7 @@ def build(
     if held_out is not None:
         held_out.known = Known(numbers=_counted(numbers, held_out))
 
-    fingerprint = models.weights_fingerprint(model)
-    startup = _startup(recipe, model, tokenizer, prepared, dtype, share, say)
+    startup = _startup(recipe, model, tokenizer, prepared, dtype, share, of_reference, say)
     startup.checks.append(path_check)
     metrics = MetricsFile(Path(recipe.train.output_dir) / "metrics.jsonl")
     alarm, speed = DisplacementAlarm(say), Speed()
@@ -212,6 +216,10 @@ def _path_of_a_part(
     when it is divided (``checks.check_path``)."""
     with without_random_numbers(), whole_weights():
         part = skeleton(recipe, fewer_layers(config))
+    wanted = models.attention(recipe.model, config)
+    if wanted != causal_lm(part).config.get_text_config()._attn_implementation:
+        with contextlib.suppress(ValueError):  # this architecture has no such attention
+            causal_lm(part).set_attn_implementation(wanted)
     part.to(device)
     share, check = choose_path(recipe.model, part, table, dtype, device)
     inner, way = causal_lm(model), causal_lm(part).config.get_text_config()._attn_implementation
@@ -244,8 +252,16 @@ def _eval_batches(prepared: Prepared, plan: Plan, *, rank: int, share: bool) -> 
 
 
 def _startup(
-    recipe: Recipe, model: nn.Module, tokenizer: Any, prepared: Prepared, dtype: torch.dtype, share: bool, say: Say
+    recipe: Recipe,
+    model: nn.Module,
+    tokenizer: Any,
+    prepared: Prepared,
+    dtype: torch.dtype,
+    share: bool,
+    initial: str,
+    say: Say,
 ) -> Startup:
+    """What is done before the first step; ``initial`` is the weights' content hash, for a reference made of them."""
     as_base = models.starts_as_base(model, recipe.lora)
     needs, reference = recipe.needs_reference, recipe.reference
     own = reference.model == "initial" or (reference.model == "base" and as_base)
@@ -261,7 +277,7 @@ def _startup(
     if needs and separate and (reference.source == "cached" or not shards_weights(launched())):
         weights = models.weights_fingerprint(load())
     elif needs and not separate:
-        weights = models.weights_fingerprint(model, without_adapter=as_base or reference.model == "base")
+        weights = initial
     if weights is not None and reference.source == "cached":
         attention = causal_lm(model).config.get_text_config()._attn_implementation
         path = f"{'shared' if share else 'separate'}, {attention}"

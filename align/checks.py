@@ -80,6 +80,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
+COMPILES = frozenset({"cuda"})
+"""Devices on which attention is compiled for the backward pass apart, so that it has to be tried as well."""
+
+
 def choose_path(model: nn.Module, table: TokenTable, dtype: torch.dtype, device: torch.device) -> tuple[bool, Check]:
     """Scores one real row both ways and trusts shared prompts only where they agree with the model's own forward.
 
@@ -92,12 +96,18 @@ def choose_path(model: nn.Module, table: TokenTable, dtype: torch.dtype, device:
         Whether responses may share their prompt, and what was found.
     """
     row, flats = _middle_row(table), []
-    with undisturbed(model), torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    low = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    with undisturbed(model):
         model.eval()
         for share in (False, True):
             batch = pack(table, [row], share=share, counts={}).to(device)
+            backward = share and device.type in COMPILES
             try:
-                flats.append(_numbers(model(packed=batch)))
+                with low, torch.set_grad_enabled(backward):
+                    numbers = _numbers(model(packed=batch))
+                if backward:
+                    numbers.sum().backward()
+                flats.append(numbers.detach())
             except Exception as error:
                 if not share:
                     raise RunError(f"the model can't score a row: {_short(error)}") from error

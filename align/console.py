@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import sys
+from collections.abc import Iterator
 
 from tqdm import tqdm
 
@@ -15,11 +18,26 @@ def tell(line: str) -> None:
         sys.stderr.flush()
 
 
+@contextlib.contextmanager
+def many_imports() -> Iterator[None]:
+    """For a block that imports large libraries for the whole run.
+
+    They make some million objects that stay. Python would look through them again and again for garbage while they are
+    made, and once more at the end: a second at the start and two at the exit.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
 def quiet_libraries() -> None:
     """Keeps what libraries print about themselves out of the way of what a run has to say."""
-    import torch
+    from align.engines import on_gpu
 
-    if not torch.cuda.is_available():
+    if not on_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when imported; else DeepSpeed warns that it found no GPU
     from transformers.utils import logging
 

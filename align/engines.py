@@ -80,6 +80,12 @@ def whole_weights() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = held
 
 
+def on_gpu() -> bool:
+    """Whether this run computes on a GPU: there is one, and the launcher was not told to leave it alone."""
+    left_alone = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "y", "t")
+    return torch.cuda.is_available() and not left_alone
+
+
 def is_reader() -> bool:
     """Whether this process reads the weights, and does not only make room for them."""
     return int(os.environ.get("RANK", "0")) == 0 or not shards_weights(launched())
@@ -117,9 +123,12 @@ def partition(model: nn.Module) -> None:
     """Divides the weights of the process that read them for ZeRO-3, one parameter after the other: DeepSpeed itself
     would move all of them first."""
     import deepspeed
+    from accelerate import PartialState
     from transformers.integrations.deepspeed import deepspeed_config
 
     deepspeed.zero.Init(module=model, config_dict_or_path=deepspeed_config())
+    for buffer in model.buffers():  # which DeepSpeed leaves where they are, once parameters are divided
+        buffer.data = buffer.data.to(PartialState().device)
 
 
 def prepare_frozen(accelerator: Any, model: Any) -> nn.Module:
@@ -210,5 +219,5 @@ def rehearse_on_cpu() -> None:
     """
     from accelerate import DistributedType, PartialState
 
-    if launched() == "fsdp2" and not torch.cuda.is_available():
+    if launched() == "fsdp2" and not on_gpu():
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU

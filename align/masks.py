@@ -47,6 +47,9 @@ def block_mask(batch: PackedBatch, window: int | None = None) -> Any:
 
     row, leg, position = batch.row_ids, batch.leg_ids, batch.position_ids
     lines, n = row.shape
+    # All layers' calls share one function, and kinds of layers, types and modes each take a compilation of it: past
+    # the limit, which is 8, it would be run uncompiled, with all scores at once.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     # Uncompiled it would hold all pairs of positions at once.
     return create_block_mask(
         lambda line, _head, query, key: _visible(row, leg, position, window, line, query, key),

@@ -10,6 +10,7 @@ import pickle
 import re
 import warnings
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from align import read_once
-from align.engines import launched, shards_weights, whole_weights
+from align.engines import launched, on_gpu, shards_weights, whole_weights
 from align.errors import RunError
 from align.forward import bind, causal_lm
 from align.sections import LoraSection, ModelSection
@@ -182,7 +183,7 @@ def check_vocabulary(section: ModelSection, config: PretrainedConfig, *tables: T
 def compute_dtype(section: ModelSection) -> torch.dtype:
     """What ``model.dtype`` resolves to on this machine."""
     if section.dtype == "auto":
-        capable = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        capable = on_gpu() and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if capable else torch.float32
     return getattr(torch, section.dtype)
 
@@ -193,11 +194,11 @@ def attention(section: ModelSection, config: PretrainedConfig) -> str:
     Raises:
         RunError: the recipe asks for one that can't be trained with on this machine.
     """
-    if section.attn_implementation == "flex_attention" and not torch.cuda.is_available():
+    if section.attn_implementation == "flex_attention" and not on_gpu():
         raise RunError("model.attn_implementation flex_attention can't be trained on a CPU; use auto or sdpa")
     if section.attn_implementation != "auto":
         return section.attn_implementation
-    if torch.cuda.is_available():
+    if on_gpu():
         return "flex_attention"
     dense = dense_attention(config)
     return NAME if dense == "sdpa" else dense
@@ -346,8 +347,27 @@ def policy(
     model: nn.Module = load_divided(section, config, torch.float32 if lora is None else dtype, values=values)
     if lora is not None:
         model = add_adapter(model, lora)
+        keep_input_dtype(model)
     bind(model)
     return model
+
+
+def keep_input_dtype(model: nn.Module) -> None:
+    """Under autocast lets adapters take their inputs as they are.
+
+    peft turns them into the adapter's float32, and autocast back into bfloat16: the same numbers, of which every
+    adapted layer would keep a copy of its own for the backward pass. DoRA reads the type for its norms.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    def cast(self: Any, states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if torch.is_autocast_enabled(states.device.type) and not any(self.use_dora.values()):
+            return states
+        return type(self)._cast_input_dtype(self, states, dtype)
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module._cast_input_dtype = MethodType(cast, module)  # type: ignore[method-assign]
 
 
 def check_before_loading(recipe: Recipe, config: PretrainedConfig) -> None:
@@ -501,7 +521,7 @@ def _hashed(model: nn.Module, without_adapter: bool) -> str:
             continue
         name = name.replace("base_model.model.", "").replace(".base_layer", "").replace(".original_module", "")
         state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        state.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        state.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     inner = causal_lm(model)
     state.update(inner.config.to_json_string().encode())
     return state.hexdigest()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from align import settings
-from align.console import quiet_libraries, tell
+from align.console import many_imports, quiet_libraries, tell
 from align.errors import RecipeError, RunError
 from align.keys import Schema
 from align.lifetime import SAVED, Preempted
@@ -87,9 +87,9 @@ def keep_freed_memory() -> None:
     """
     import ctypes
 
-    import torch
+    from align.engines import on_gpu
 
-    if torch.cuda.is_available() or not sys.platform.startswith("linux"):
+    if on_gpu() or not sys.platform.startswith("linux"):
         return
     with contextlib.suppress(OSError, AttributeError):  # another C library
         change = ctypes.CDLL("libc.so.6").mallopt
@@ -121,18 +121,19 @@ def _run(recipe: Recipe, command: str, measure: Measure | None, only_plan: bool,
     say: Callable[[str], None] = (lambda line: print(line, flush=True)) if first else lambda line: None
     for line in recipe.idle:
         say(f"note: {line}")
-    quiet_libraries()
-    keep_freed_memory()
 
     # Imported here, so that a misspelt key is answered at once.
-    from align import assemble, density, engines, resume, saving, support
-    from align import model as models
-    from align.build import build
-    from align.forecast import ForecastError, look_ahead, most_memory
-    from data.preparation import prepare
-    from data.store import cache_dir
-    from evals import doctor, on_the_way, run_directory, run_settings
-    from evals.held_out import HeldOut
+    with many_imports() if "align.build" not in sys.modules else contextlib.nullcontext():
+        quiet_libraries()
+        keep_freed_memory()
+        from align import assemble, density, engines, resume, saving, support
+        from align import model as models
+        from align.build import build
+        from align.forecast import ForecastError, look_ahead, most_memory
+        from data.preparation import prepare
+        from data.store import cache_dir
+        from evals import doctor, on_the_way, run_directory, run_settings
+        from evals.held_out import HeldOut
 
     # What can be refused without reading a weight is refused now.
     assemble.check_names(recipe)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
@@ -72,6 +73,8 @@ class Speed(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Notes how long the step took."""
+        if args.device.type == "cuda":  # which is behind: the optimizer's kernels have only been asked for
+            torch.cuda.synchronize(args.device)
         self.steps.append(time.perf_counter() - self._begun)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -76,6 +76,8 @@ class PackedBatch:
     """Prompts and responses of each line in order, where a line holds a prompt once with all its responses."""
     rows: Int[Tensor, " row"]
     """Row numbers in the table; none for a dummy batch, whose one line has zero weight."""
+    useful_tokens: int
+    """Positions that hold a token; none for a dummy. Counted where batches are packed: a GPU would have to be asked."""
     counts: Counts
     """What the **whole optimizer step** holds, all microbatches and ranks."""
     labels: Bool[Tensor, " row"] | None = None
@@ -102,11 +104,6 @@ class PackedBatch:
             return value
 
         return PackedBatch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})  # type: ignore[arg-type]
-
-    @property
-    def useful_tokens(self) -> int:
-        """Prompt tokens once plus response tokens; none for a dummy."""
-        return int((self.row_ids != PADDING).sum()) if len(self.rows) else 0
 
 
 PerToken = Mapping[str, Ragged]
@@ -191,6 +188,7 @@ def pack(
         shared=share,
         segments=tuple(segments),
         rows=torch.tensor(numbers, dtype=torch.long),
+        useful_tokens=sum(line.length for line in lines) if numbers else 0,
         counts=counts,
         labels=None if table.labels is None else torch.from_numpy(np.asarray(table.labels)[numbers].astype(bool)),
         density_ratio=None

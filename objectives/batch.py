@@ -207,10 +207,11 @@ class LegBatch:
 
     def counts(self) -> Counts:
         """What this batch holds of each unit a term can be averaged over."""
-        tokens = {f"{name}.token": float(leg.counted().sum()) for name, leg in self.legs.items()}
-        numbers = {
-            f"{name}.number": float((leg.mask & leg.extras["number_value"].isfinite()).sum())
+        sums = {f"{name}.token": leg.counted().sum() for name, leg in self.legs.items()}
+        sums |= {
+            f"{name}.number": (leg.mask & leg.extras["number_value"].isfinite()).sum()
             for name, leg in self.legs.items()
             if "number_value" in leg.extras
         }
-        return {"row": float(self.rows), **tokens, **numbers}
+        found = torch.stack([*sums.values()]).cpu()  # a device is asked once
+        return {"row": float(self.rows), **{name: float(each) for name, each in zip(sums, found, strict=True)}}
