@@ -20,8 +20,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-import datasets
-from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import dataset_info
 
 from data.errors import DataError
@@ -81,7 +79,7 @@ def version_of(dataset_name: str, *, split: str, config: str | None, streaming: 
         commit = _version_on_hub(dataset_name)
         return None if commit is None else digest(dataset_name, commit)
     try:
-        with _explained(dataset_name):
+        with _explained(dataset_name) as datasets:
             found = datasets.load_dataset(dataset_name, config, split=split)
         files = [Path(each["filename"]) for each in found.cache_files]  # type: ignore[union-attr,index]
         stats = [version_of_files(file) for file in files]
@@ -184,7 +182,7 @@ def _splits_of_folder(name: str, folder: Path, config: str | None) -> dict[str, 
     if len(kinds) > 1:
         found = ", ".join(f"{kind} ({example})" for kind, example in sorted(kinds.items()))
         raise DataError(f"{name}: the folder mixes kinds of files: {found}; keep one kind, or name one file")
-    with _explained(name):
+    with _explained(name) as datasets:
         found = datasets.load_dataset_builder(str(folder), name=config).config.data_files
     splits = {str(split): [Path(file) for file in paths] for split, paths in (found or {}).items()}
     read_files = {path.resolve() for paths in splits.values() for path in paths}
@@ -213,19 +211,19 @@ def _from_files(name: str, splits: Mapping[str, Sequence[Path]], split: str, *, 
     if kind == "json":
         return (row for path in files for row in read_json(path))
     options: dict[str, Any] = {"streaming": True} if streaming else {}
-    if kind == "csv":
-        # All columns are text: 42 and NA are answers here, not a number and a missing value.
-        text = datasets.Value("string")
-        options["features"] = datasets.Features(dict.fromkeys(_header(files[0]), text))
-        options["keep_default_na"] = False
-    with _explained(name):
+    header = _header(files[0]) if kind == "csv" else ()
+    with _explained(name) as datasets:
+        if kind == "csv":
+            # All columns are text: 42 and NA are answers here, not a number and a missing value.
+            options["features"] = datasets.Features(dict.fromkeys(header, datasets.Value("string")))
+            options["keep_default_na"] = False
         found = datasets.load_dataset(kind, data_files={split: [str(path) for path in files]}, split=split, **options)
     return iter(found)
 
 
 def _from_saved(name: str, folder: Path, split: str) -> Iterator[Any]:
     """What ``save_to_disk`` wrote."""
-    with _explained(name):
+    with _explained(name) as datasets:
         found = datasets.load_from_disk(str(folder))
     splits: dict[str, Any] = {str(key): value for key, value in found.items()} if isinstance(found, dict) else {}
     splits = splits or {"train": found}
@@ -234,19 +232,22 @@ def _from_saved(name: str, folder: Path, split: str) -> Iterator[Any]:
 
 def _from_hub(name: str, split: str, config: str | None, *, streaming: bool, revision: str | None) -> Iterator[Any]:
     options: dict[str, Any] = {"streaming": True, "revision": revision} if streaming else {}
-    with _explained(name):
+    with _explained(name) as datasets:
         return iter(datasets.load_dataset(name, config, split=split, **options))
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
+def _explained(name: str) -> Iterator[Any]:
     """Runs a part of ``datasets`` without its bars and logs; what it raises becomes one sentence."""
+    import datasets  # which JSON can be read without
+    from datasets.exceptions import DatasetNotFoundError
+
     level = datasets.utils.logging.get_verbosity()
     bars = not datasets.are_progress_bars_disabled()
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     datasets.disable_progress_bars()
     try:
-        yield
+        yield datasets
     except DataError:
         raise
     except DatasetNotFoundError as error:

@@ -11,7 +11,6 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.special import stdtrit  # pyright: ignore[reportMissingTypeStubs]
 
 Z95 = 1.959963984540054
 """97.5 % quantile of the normal distribution."""
@@ -92,6 +91,8 @@ def mean_with_interval(values: Sequence[float], clusters: Sequence[Hashable], *,
     if shares and groups == n and np.isin(items, (0.0, 1.0)).all():
         low, high = wilson(float(items.sum()), n)
         return Estimate(value=value, stderr=stderr, low=low, high=high, n=n, clusters=groups, interval="wilson")
+    from scipy.special import stdtrit  # pyright: ignore[reportMissingTypeStubs]  # training needs none
+
     half = float(stdtrit(groups - 1, 0.975)) * stderr if groups > 1 else math.nan
     return Estimate(
         value=value, stderr=stderr, low=value - half, high=value + half, n=n, clusters=groups, interval="clustered-t"

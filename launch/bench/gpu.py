@@ -2,19 +2,22 @@
 
     bash launch/bench/gpu.sh [folder]        or: python -m launch.bench.gpu --output gpu.json [--tiny]
 
-Measures, in this order, and writes after each, so that a run that is cut off leaves what it has: a large matrix
-product; attention by FlexAttention, by segments and with dense masks on one packed line; then DPO and TPO with LoRA,
-and DPO in full (an optimizer without moments, so that it fits one card), whose start-up checks compare fast and plain
-path. MFU counts useful arithmetic only (forward three times in full, twice with LoRA; nothing twice, no padding),
-against the measured product and against the data sheet's 989 TFLOP/s of an H100 or H200.
+Measures, each part in a process of its own, and writes after each, so that a run that is cut off leaves what it has: a
+large matrix product; attention alone by FlexAttention, by segments, with dense masks and by PyTorch's varlen kernel;
+how far fast and plain paths are from float32 in values and gradients; then DPO and TPO with LoRA, and DPO in full (an
+optimizer without moments, so that one card holds it), with the memory plan any run makes. MFU counts useful arithmetic
+only (forward three times in full, twice with LoRA; nothing twice, no padding), against the measured product and against
+the data sheet's 989 TFLOP/s of an H100 or H200.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
-import statistics
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from launch.bench.gpu_parts import equality, has_real_rows, kernels, product, table_of
 from launch.bench.sides import Clock, callback
 from launch.bench.workloads import make_model
 
@@ -39,64 +43,9 @@ SMALL = {
     "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 512,
 }  # fmt: skip
-RUNS = (("dpo", True), ("tpo", True), ("dpo", False))
-
-
-def table_of(legs: tuple[str, ...], rows: int, longest: int, vocabulary: int) -> Any:
-    """Rows of random tokens with lengths like those of preference data: long tails, about a quarter prompt."""
-    from data.store import Ragged, TokenTable
-
-    rng = np.random.default_rng(0)
-
-    def drawn(share: float) -> Ragged:
-        lengths = np.clip(rng.lognormal(np.log(share * longest), 0.6, rows).astype(int), 4, int(longest * 0.45))
-        return Ragged.of([rng.integers(3, vocabulary, n).tolist() for n in lengths])
-
-    return TokenTable(drawn(0.1), {leg: drawn(0.15) for leg in legs})
-
-
-def product(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product."""
-    from align.forecast import measured
-
-    return measured(device, dtype, seconds=1.0).flops
-
-
-def attention(config: dict[str, int], device: torch.device, dtype: torch.dtype, longest: int) -> dict[str, float]:
-    """Seconds of a forward and backward pass of two layers on one packed line, by implementation."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from align.forward import bind
-    from data.pack import pack
-
-    table = table_of(("chosen", "rejected"), 16, longest, config["vocab_size"])
-    batch = pack(table, range(8), share=True, kind="pack", counts={}, multiple=128).to(device)
-    found = {}
-    ways = ["align_segments", "sdpa"] + (["flex_attention"] if device.type == "cuda" else [])
-    for way in ways:
-        torch.manual_seed(0)
-        with device:
-            model: Any = LlamaForCausalLM(LlamaConfig(**{**config, "num_hidden_layers": 2}, attn_implementation=way))  # type: ignore[arg-type]
-        model = model.to(dtype)
-        bind(model)
-        taken = []
-        try:
-            for _ in range(6):
-                before = time.perf_counter()
-                model(packed=batch)["logps"].sum().backward()
-                _wait(device)
-                taken.append(time.perf_counter() - before)
-            found[way] = statistics.median(taken[3:])
-        except Exception as error:  # a kernel that does not work here is a result
-            found[way] = float("nan")
-            print(f"{way}: {type(error).__name__}: {error}"[:300], flush=True)
-        del model
-    return found
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+RUNS = {"dpo, LoRA": ("dpo", True), "tpo, LoRA": ("tpo", True), "dpo, full": ("dpo", False)}
+PARTS = ("product_flops", "attention_seconds", "distance_from_float32", *RUNS)
+STEPS, WARM_UP = 6, 2
 
 
 @contextmanager
@@ -123,44 +72,75 @@ def random_weights(config: Any) -> Iterator[None]:
 
 def trained(objective: str, lora: bool, config: Any, folder: Path, longest: int, batch: int) -> dict[str, Any]:
     """A few optimizer steps through the real trainer."""
-    steps = 6
-    from align import assemble
     from align.build import build
-    from align.forecast import forecast, most_memory
-    from align.model import attention as attention_of
+    from align.forecast import look_ahead, most_memory
     from align.model import load_tokenizer
     from align.recipe import read_recipe
     from data.preparation import Prepared, Split
 
+    make_model(folder / "model", "tiny", iter(["a tokenizer that nobody uses"]))
     words = [
         f"--model_name_or_path={folder / 'model'}", "--dataset_name=made", f"--output_dir={folder / 'run'}",
-        f"--objective={objective}", "--eval_share=0", f"--max_steps={steps}", f"--rows_per_step={batch}",
-        "--logging_steps=1", "--save_strategy=no", "--learning_rate=1e-5", "--overwrite_output_dir",
+        f"--objective={objective}", "--eval_share=0", f"--max_steps={STEPS}", f"--rows_per_step={batch}",
+        "--logging_steps=1", "--save_strategy=no", "--learning_rate=1e-5",
         *(["--lora={r: 16, lora_alpha: 32, target_modules: all-linear}"] if lora else ["--optim=adafactor"]),
     ]  # fmt: skip
     recipe = read_recipe(None, words)
-    legs = recipe.mixture.needs.legs
-    table = table_of(legs, steps * batch, longest, config.vocab_size)
+    table = table_of(recipe.mixture.needs.legs, STEPS * batch, longest, config.vocab_size)
     split = Split(table=table, where=[("made", i) for i in range(len(table))], prompts=np.arange(len(table)))
     prepared = Prepared(train=split, eval=None, report={"rows": {"read": len(table), "train": len(table), "eval": 0}})
-    plan = assemble.train_plan(recipe, table, share=True, way=attention_of(recipe.model, config))
-    ahead = forecast(recipe, config, plan, table, steps)
-    clock = Clock()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    ahead, clock = look_ahead(recipe, config, table), Clock()
+    print("\n".join(ahead.lines()), flush=True)
     with random_weights(config):
-        run = build(recipe, config, load_tokenizer(recipe.model), prepared, None, print)
+        run = build(recipe, config, load_tokenizer(recipe.model), prepared, None, print, ahead.fit)
+        assert sum(each.numel() for each in run.trainer.wrapped.parameters()) > config.vocab_size * config.hidden_size
         run.trainer.add_callback(callback(clock)())
         run.trainer.train()
-    lines, found = ahead.verdict(run.speed.steps[2:], most_memory())
-    print("\n".join([*ahead.lines(), *lines]), flush=True)
-    flops = found["mfu"] * ahead.rates.flops
-    checks = {check.check: check.detail for check in run.startup.checks}
+    taken = [after - before for before, after in itertools.pairwise(clock.ends[WARM_UP - 1 :])]  # packing included
+    lines, found = ahead.verdict(taken, most_memory())
+    print("\n".join(lines), flush=True)
     return {
         "rows_per_second": batch / found["step"], "useful_tokens_per_second": found["useful_tokens_per_second"],
-        "mfu_of_measured": found["mfu"], "mfu_of_sheet": flops / SHEET, "peak_bytes": found["peak"],
-        "forecast_bytes": ahead.peak, "forecast_step": ahead.step, "step": found["step"], "checks": checks,
+        "mfu_of_measured": found["mfu"], "mfu_of_sheet": found["mfu"] * ahead.rates.flops / SHEET,
+        "padding": ahead.padding, "token_budget": ahead.token_budget, "checkpointing": ahead.checkpointing,
+        "peak_bytes": found["peak"], "forecast_bytes": ahead.peak, "forecast_step": ahead.step, "step": found["step"],
+        "seconds": taken, "checks": {check.check: check.detail for check in run.startup.checks},
     }  # fmt: skip
+
+
+def part(name: str, tiny: bool, folder: Path) -> Any:
+    """Measures one part in this process."""
+    from transformers import LlamaConfig
+
+    on_gpu = torch.cuda.is_available()
+    device, dtype = torch.device("cuda" if on_gpu else "cpu"), torch.bfloat16 if on_gpu else torch.float32
+    shape, longest, batch = (SMALL, 200, 4) if tiny else (BIG, 2048, 32)
+    if name == "product_flops":
+        return product(device, dtype)
+    if name == "attention_seconds":
+        return kernels(shape, device, dtype, longest)
+    if name == "distance_from_float32":
+        return equality(shape, device, dtype, longest)
+    config = LlamaConfig(**shape, bos_token_id=0, eos_token_id=1, pad_token_id=1)  # type: ignore[arg-type]
+    objective, lora = RUNS[name]
+    return trained(objective, lora, config, folder, longest, batch)
+
+
+def measured_apart(name: str, tiny: bool, seconds: float) -> Any:
+    """One part in a process and a cache of its own, so that none finds what another left; or what went wrong."""
+    with tempfile.TemporaryDirectory() as temporary:
+        words = [sys.executable, "-m", "launch.bench.gpu", "--part", name, "--output", temporary]
+        child = subprocess.Popen(
+            [*words, *(["--tiny"] if tiny else [])], env={**os.environ, "ALIGN_CACHE": f"{temporary}/cache"}
+        )
+        try:
+            status = child.wait(timeout=max(seconds, 1))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            return f"not finished after {seconds:.0f} s"
+        path = Path(temporary) / "part.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else f"ended with status {status}"
 
 
 def main() -> int:
@@ -168,41 +148,28 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, as on machines without a GPU")
-    parser.add_argument("--seconds", type=float, default=570, help="nothing new is begun after this long")
+    parser.add_argument("--seconds", type=float, default=570, help="time for all of it")
+    parser.add_argument("--part", choices=PARTS, help="measure this in the present process, into the folder --output")
     options = parser.parse_args()
-    started = time.perf_counter()
-    from transformers import LlamaConfig
-
-    on_gpu = torch.cuda.is_available()
-    tiny = options.tiny or not on_gpu
-    device, dtype = torch.device("cuda" if on_gpu else "cpu"), torch.bfloat16 if on_gpu else torch.float32
-    shape, longest, batch = (SMALL, 200, 4) if tiny else (BIG, 2048, 32)
-    config = LlamaConfig(**shape, bos_token_id=0, eos_token_id=1, pad_token_id=1)  # type: ignore[arg-type]
-    found: dict[str, Any] = {
+    tiny = options.tiny or not torch.cuda.is_available()
+    if options.part:
+        try:
+            found = part(options.part, tiny, options.output)
+        except (RuntimeError, ValueError, AssertionError) as error:  # too large, or a kernel that does not work
+            found = f"{type(error).__name__}: {str(error)[:500]}"
+        (options.output / "part.json").write_text(json.dumps(found), encoding="utf-8")
+        return 0
+    started = time.monotonic()
+    about: dict[str, Any] = {
         "date": datetime.date.today().isoformat(), "torch": torch.__version__, "shape": "tiny" if tiny else "8B",
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu", "dtype": str(dtype),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "lengths": "of real rows" if has_real_rows() else "made up, with a long tail",
     }  # fmt: skip
-
-    def keep() -> None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        print(json.dumps(found), flush=True)
-
-    found["product_flops"] = product(device, dtype)
-    found["attention_seconds"] = attention(shape, device, dtype, longest)
-    keep()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        make_model(folder / "model", "tiny", iter(["a tokenizer that nobody uses"]))
-        for objective, lora in RUNS:
-            if time.perf_counter() - started > options.seconds * 0.8:
-                break
-            name = f"{objective}, {'LoRA' if lora else 'full'}"
-            try:
-                found[name] = trained(objective, lora, config, folder, longest, batch)
-            except (RuntimeError, ValueError, AssertionError) as error:  # too large, or a kernel that does not work
-                found[name] = f"{type(error).__name__}: {str(error)[:500]}"
-            keep()
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    for name in PARTS:
+        about[name] = measured_apart(name, tiny, options.seconds - (time.monotonic() - started))
+        options.output.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        print(name, json.dumps(about[name]), flush=True)
     return 0
 
 
