@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,9 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from align import build
 from align import model as models
+from align.checks import Check
 from align.logps_store import LogpsStore, StoredLogps, response_keys
 from align.reference import ReferenceKey, find_cached
 from align.train import main
@@ -109,38 +113,90 @@ def test_a_sweep_reads_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, 
     assert sum(computed) <= 8  # four of either split
 
 
-def key_of(folder: Path, *keys: str) -> tuple[str, ...]:
+def key_of(folder: Path, *keys: str) -> tuple[str, list[str]]:
     """Where a run with these keys looks: the folder of the reference, and the keys of its rows there, in any order."""
     recipe = recipe_for(folder, folder / "model", folder / "pairs.jsonl", *keys)
     run = built(recipe)
     assert run.startup.key is not None
     table = run.trainer.batches.table
     of_rows = [np.sort(response_keys(table.prompts, leg), axis=0).tobytes().hex() for leg in table.legs.values()]
-    return (str(run.startup.key.folder), *of_rows)
+    return str(run.startup.key.folder), of_rows
 
 
-def test_every_ingredient_of_the_key_changes_it(folder: Path):
-    before = key_of(folder)
-    assert key_of(folder) == before
-    assert key_of(folder, "--seed", "7", "--learning_rate", "0.1") == before
-    assert key_of(folder, "--dtype", "bfloat16") != before  # precision
-    assert key_of(folder, "--max_length", "45") != before  # truncation
-    assert key_of(folder, "--attn_implementation", "eager") != before  # kernel
-    assert key_of(folder, "--as_chat", "true") != before  # template
-    rows = (folder / "pairs.jsonl").read_text()
-    (folder / "pairs.jsonl").write_text(rows.replace("cat", "dog"))
-    assert key_of(folder) != before  # rows
-    (folder / "pairs.jsonl").write_text(rows)
-    save_model(folder / "model", seed=1)
-    assert key_of(folder) != before  # weights, overwritten in place
+def other_weights(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
+    save_model(folder / "model", seed=1)  # in place
+    return []
+
+
+def an_adapter(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
+    assert main(command(folder, "trained", "--lora.r=4")) == 0
+    return ["--adapter_name_or_path", str(folder / "trained")]
+
+
+def other_rows(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
+    rows = folder / "pairs.jsonl"
+    rows.write_text(rows.read_text().replace("cat", "dog"))
+    return []
+
+
+def other_template(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
+    (folder / "template.jinja").write_text("{% for message in messages %}{{ message['content'] }}\n{% endfor %}")
+    return ["--as_chat", "true", "--chat_template", str(folder / "template.jinja")]
+
+
+def other_tokenizer(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
+    """In which two letters have each other's numbers."""
+    shutil.copytree(folder / "model", folder / "tokenizer")
+    path = folder / "tokenizer" / "tokenizer.json"
+    stored = json.loads(path.read_text())
+    vocabulary = stored["model"]["vocab"]
+    vocabulary["a"], vocabulary["t"] = vocabulary["t"], vocabulary["a"]
+    path.write_text(json.dumps(stored))
+    return ["--tokenizer_name_or_path", str(folder / "tokenizer")]
+
+
+def separate_path(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
+    def separate(*_: object) -> tuple[bool, Check]:
+        return False, Check(check="responses share their prompt", passed=True, detail="not wanted")
+
+    patch.setattr(build, "choose_path", separate)
+    return []
+
+
+def keys(*words: str) -> Callable[[Path, pytest.MonkeyPatch], list[str]]:
+    return lambda folder, patch: list(words)
+
+
+OF_THE_REFERENCE, OF_ROWS = (True, False), (False, True)
+INGREDIENTS = {
+    "weights": (other_weights, OF_THE_REFERENCE),
+    "adapter": (an_adapter, OF_THE_REFERENCE),
+    "dtype": (keys("--dtype", "bfloat16"), OF_THE_REFERENCE),
+    "kernel": (keys("--attn_implementation", "eager"), OF_THE_REFERENCE),
+    "path": (separate_path, OF_THE_REFERENCE),
+    "rows": (other_rows, OF_ROWS),
+    "truncation": (keys("--max_length", "45"), OF_ROWS),
+    "chat": (keys("--as_chat", "true"), OF_ROWS),
+    "template": (other_template, OF_ROWS),
+    "tokenizer": (other_tokenizer, OF_ROWS),
+    "neither": (keys("--seed", "7", "--learning_rate", "0.1"), (False, False)),
+}
+"""What changes an ingredient and gives the keys that go with it, and which part of the key it changes."""
+
+
+@pytest.mark.parametrize(("change", "parts"), INGREDIENTS.values(), ids=INGREDIENTS)
+def test_every_ingredient_of_the_key_changes_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[..., list[str]], parts: tuple[bool, bool]
+):
+    before = key_of(folder, *(["--as_chat", "true"] if change is other_template else []))
+    after = key_of(folder, *change(folder, monkeypatch))
+    assert tuple(one != other for one, other in zip(before, after, strict=True)) == parts
 
 
 def test_an_adapter_that_does_nothing_yet_has_its_base_s_key(folder: Path):
     full = key_of(folder)
     assert key_of(folder, "--lora.r", "4") == full
     assert key_of(folder, "--lora.r", "4", "--seed", "9") == full
-    assert main(command(folder, "trained", "--lora.r=4")) == 0
-    assert key_of(folder, "--adapter_name_or_path", str(folder / "trained")) != full
 
 
 def test_an_interrupted_pass_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch):
