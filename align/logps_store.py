@@ -60,6 +60,10 @@ class StoredLogps:
         self.values[spans(self.offsets[rows], self.lengths(rows))] = values
         self.done[rows] = True
 
+    def of_rows(self, rows: np.ndarray) -> Float32[np.ndarray, " token"]:
+        """The log-probs of some rows, one after the other."""
+        return self.values[spans(self.offsets[rows], self.lengths(rows))]
+
     def lengths(self, rows: np.ndarray) -> Int[np.ndarray, " row"]:
         """Tokens of some rows."""
         return self.offsets[rows + 1] - self.offsets[rows]

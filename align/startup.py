@@ -103,17 +103,18 @@ class Startup:
         stored = [find_cached(self.key, split.table) for split in splits]
         lacking = sum(int((~leg.done).sum()) for legs in stored for leg in legs.values())
         found = sum(int(leg.done.sum()) for legs in stored for leg in legs.values())
-        if lacking and trainer.resumed and self.frozen is None and not self._is_base():
+        # A policy that has moved on is not what the cache was computed from, unless its adapter can be switched off.
+        at_hand = not trainer.resumed or self.frozen is not None or self._is_base()
+        if lacking and not at_hand:
             raise RunError(
                 "the reference log-probs of this run are no longer in the cache (ALIGN_CACHE), and the policy has "
                 "moved on from the model they came from; restore the cache, or start again"
             )
-        # On resume the policy is not what the cache was computed from: read it, and leave it at that.
-        if lacking or (found and not trainer.resumed):
+        if at_hand and (lacking or found):
             scorer = self._scorer(trainer)
             for legs, split in zip(stored, splits, strict=True):
-                if found and not lacking:
-                    verify_cached(self.key.folder, legs, split, scorer, checks.TOLERANCES[self.dtype].token)
+                verify_cached(self.key.folder, legs, split, scorer, checks.TOLERANCES[self.dtype])
+            for legs, split in zip(stored, splits, strict=True):
                 self._fill(legs, split, scorer, trainer)
         for legs, name in zip(stored, self.row_names, strict=True):
             _refuse_not_finite(legs, name)

@@ -21,7 +21,7 @@ from align.reference import ReferenceKey, find_cached
 from align.train import main
 from data.store import Ragged, TokenTable
 from tests.equivalence.runs import built, recipe_for
-from tests.equivalence.test_resume import KEYS, command, lines
+from tests.equivalence.test_resume import KEYS, after_a_crash, command, lines
 from tests.equivalence.worlds import save_model
 
 # The reference is computed in bins of other shapes than the policy's: float32 sums in another order.
@@ -309,13 +309,52 @@ def test_ten_recipes_over_one_dataset_compute_the_reference_once(folder: Path, m
     assert 48 <= sum(computed) <= 48 + verified
 
 
-def test_a_cache_that_disagrees_with_its_reference_stops_the_run(folder: Path, capsys: pytest.CaptureFixture):
-    assert main(command(folder, "one")) == 0
+def shift(folder: Path, nats: float) -> None:
+    """What another model could have left under this one's key."""
     for part in (folder / "cache" / "reference").rglob("part-*.safetensors"):
         arrays = load_file(part)
-        save_file(arrays | {"values": arrays["values"] - 1}, part)
+        save_file(arrays | {"values": arrays["values"] - np.float32(nats)}, part)
+
+
+def refused(folder: Path, said: str) -> str:
+    """The rest of the sentence, which begins with what differs."""
+    (told,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert f"delete {folder / 'cache' / 'reference'}/" in told
+    return told.removeprefix("error: cached reference log-probs differ from the reference ")
+
+
+@pytest.mark.parametrize("found", [["--max_rows=48"], ["--max_rows=30"]], ids=["all", "some"])
+def test_a_cache_that_disagrees_with_its_reference_stops_the_run(
+    folder: Path, capsys: pytest.CaptureFixture, found: list[str]
+):
+    """Also where it has some of the rows only: what was found there used to be trusted."""
+    assert main(command(folder, "one", *found)) == 0
+    shift(folder, 1)
     assert main(command(folder, "two")) == 2
-    assert "differ from the reference by 1 nats" in capsys.readouterr().err
+    assert refused(folder, capsys.readouterr().err).startswith("by 1 nats in a token")
+
+
+def test_another_checkpoint_of_the_same_model_shows_on_average(folder: Path, capsys: pytest.CaptureFixture):
+    """In bfloat16 single tokens may be off by a nat; all of them by a fifth is another model."""
+    save_model(folder / "other", seed=5)
+    keys = [f"--reference.model={folder / 'other'}", "--dtype=bfloat16"]
+    for name in ("one", "two"):
+        assert main(command(folder, name, *keys)) == 0
+    shift(folder, 0.2)
+    assert main(command(folder, "three", *keys)) == 2
+    assert "by 0.2 on average" in refused(folder, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("reference", ["adapter-off", "other"])
+def test_a_resumed_run_verifies_where_it_can(folder: Path, capsys: pytest.CaptureFixture, reference: str):
+    """It can with an adapter to switch off, or another model that is there anyway; a policy that moved on can't."""
+    save_model(folder / "other", seed=5)
+    keys = ["--lora.r=4"] if reference == "adapter-off" else [f"--reference.model={folder / 'other'}"]
+    assert main(command(folder, "run", *keys)) == 0
+    after_a_crash(folder / "run", step=5)
+    shift(folder, 1)
+    assert main(command(folder, "run", *keys, "--resume_from_checkpoint=last")) == 2
+    assert refused(folder, capsys.readouterr().err).startswith("by 1 nats in a token")
 
 
 def test_no_second_model_is_loaded_for_the_initial_policy(folder: Path, monkeypatch: pytest.MonkeyPatch):
