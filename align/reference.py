@@ -13,9 +13,10 @@ rates, objectives or subsets of the data reads it, and a changed model never doe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,8 +31,12 @@ from data.plan import Plan
 from data.store import TokenTable, cache_dir, digest
 
 FORMAT = 2
+ROWS_PER_MESSAGE = 2**14
+"""Rows whose log-probs one process sends another at a time: some megabytes."""
 Scorer = Callable[[PackedBatch], Tensor]
 """Maps a batch to the log-probs of its response tokens, without gradient."""
+Gather = Callable[[object], list[Any]]
+"""Collects one object from every rank, in order of rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,12 +63,49 @@ def find_cached(key: ReferenceKey, table: TokenTable) -> dict[str, StoredLogps]:
     return stored
 
 
+def find_cached_anywhere(
+    key: ReferenceKey, tables: Sequence[TokenTable], rank: int, gather: Gather
+) -> list[dict[str, StoredLogps]]:
+    """What the cache of any rank holds of these tables, known to every rank afterwards.
+
+    Each machine may have a cache of its own, and a damaged part may be seen by one rank only. What is done next, by all
+    ranks together, follows from what was found; so they have to have found the same.
+
+    Raises:
+        RunError: on every rank, where one of them may not read its cache.
+    """
+    try:
+        found = [find_cached(key, table) for table in tables]
+    except RunError as error:
+        gather(error)
+        raise
+    stored = [leg for legs in found for leg in legs.values()]
+    held = gather([np.packbits(leg.done) for leg in stored])
+    for said in held:
+        if isinstance(said, RunError):
+            raise said
+    for number, leg in enumerate(stored):
+        done = np.array([np.unpackbits(said[number], count=len(leg.done)) for said in held], dtype=bool)
+        _share(leg, done, rank, gather)
+    return found
+
+
+def _share(leg: StoredLogps, done: np.ndarray, rank: int, gather: Gather) -> None:
+    """Sends what some ranks know and others don't: no message where all read one cache."""
+    rows, sender = np.flatnonzero(done.any(axis=0) & ~done.all(axis=0)), done.argmax(axis=0)
+    for start in range(0, len(rows), ROWS_PER_MESSAGE):
+        part = rows[start : start + ROWS_PER_MESSAGE]
+        mine = part[sender[part] == rank]
+        for sent_rows, values in gather((mine, leg.of_rows(mine))):
+            leg.put(sent_rows, values)
+
+
 def fill_cache(
     key: ReferenceKey,
     stored: Mapping[str, StoredLogps],
     batches: PlannedBatches,
     scorer: Scorer,
-    gather: Callable[[object], list[object]],
+    gather: Gather,
     progress: Callable[[int, int], None] = lambda done, total: None,
     bins_per_part: int = 64,
 ) -> None:
@@ -74,7 +116,7 @@ def fill_cache(
         stored: as ``find_cached`` gave it; complete afterwards.
         batches: knows the table, how rows are laid out, and which rank this is.
         scorer: the reference.
-        gather: collects one object from every rank, in order of rank; the same number of calls on every rank.
+        gather: called the same number of times on every rank.
         progress: told how many rows are done, of how many.
         bins_per_part: bins each rank computes between two writes.
     """
@@ -94,7 +136,7 @@ def fill_cache(
         computed = [_score_bin(batches, scorer, part) for part in mine[start : start + bins_per_part]]
         for leg in stored:
             gathered = gather([(part, values[leg]) for part, values in computed if len(part)])
-            parts = [entry for rank in gathered for entry in rank]  # type: ignore[union-attr]
+            parts = [entry for rank in gathered for entry in rank]
             part_rows = np.concatenate([part for part, _ in parts])
             values = np.concatenate([value for _, value in parts])
             stored[leg].put(part_rows, values)

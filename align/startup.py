@@ -23,7 +23,7 @@ from align.reference import (
     Scorer,
     adapter_off,
     fill_cache,
-    find_cached,
+    find_cached_anywhere,
     plan_for_scoring,
     verify_cached,
 )
@@ -100,7 +100,9 @@ class Startup:
     def _reference(self, trainer: ObjectiveTrainer) -> None:
         assert self.key is not None
         splits = [split for split in (trainer.batches, trainer.eval_batches) if split is not None]
-        stored = [find_cached(self.key, split.table) for split in splits]
+        trainer.note("reading the reference cache")
+        tables, rank = [split.table for split in splits], trainer.args.process_index
+        stored = find_cached_anywhere(self.key, tables, rank, trainer.gather)
         lacking = sum(int((~leg.done).sum()) for legs in stored for leg in legs.values())
         found = sum(int(leg.done.sum()) for legs in stored for leg in legs.values())
         # A policy that has moved on is not what the cache was computed from, unless its adapter can be switched off.

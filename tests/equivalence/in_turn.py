@@ -4,7 +4,7 @@
 
 ``CASES.json`` holds a list of {"name", "words", "cache", "logits_per_chunk", "crashed"}; what became of each is written
 beside it, into ``NAME.rank.json``. ``crashed``, {"run", "copy", "step"}: first a run directory is copied as a crash
-after that step would have left it.
+after that step would have left it. Where ``cache`` has ``{rank}``, each process has its own.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     from align import logps
     from align.train import main
 
-    os.environ["ALIGN_CACHE"] = case["cache"]
+    os.environ["ALIGN_CACHE"] = case["cache"].replace("{rank}", os.environ.get("RANK", "0"))
     unset_hf_deepspeed_config()  # of the case before
     standard = logps.LOGITS_PER_CHUNK
     logps.LOGITS_PER_CHUNK = case.get("logits_per_chunk") or standard
