@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import resource
 import statistics
-import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -25,9 +24,10 @@ from align.forward import bind
 from align.logps import positions_per_chunk
 from align.model import add_adapter, attention, compute_dtype, dense_attention
 from align.quantized import largest_layer, weights_held
+from align.rates import Rates, measured
 from align.recipe import Recipe
 from align.segments import NAME
-from align.tracing import Traced, fewer_layers, trace, without_random_numbers
+from align.tracing import MOMENTS, Traced, fewer_layers, trace, without_random_numbers
 from align.value_head import with_head
 from data.errors import DataError
 from data.loader import step_counts
@@ -40,25 +40,15 @@ KEPT_BY_ALLOCATOR = 1.1
 million weights then took 0.9 to 1.0 of what was forecast."""
 STILL_TO_LOAD = 0.17 * 2**30
 """Bytes of libraries that training loads later."""
-TRACED_ROWS = 3
+SPARE_ON_GPUS = 0.1
+"""Share of a GPU's memory that no plan uses: its allocator can't fill every gap that freed blocks leave."""
+TRACED_ROWS = 2
 SAMPLED_STEPS = 50
 """Steps of the plan that are looked at for what a step holds on average."""
 
 
 class ForecastError(Exception):
     """Nothing can be told beforehand for this model."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rates:
-    """Of one device, measured."""
-
-    flops: float
-    """Floating-point operations per second of a large matrix product."""
-    bandwidth: float
-    """Bytes per second read or written by a large addition."""
-    start: float
-    """Seconds that an operation takes which has next to nothing to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +67,8 @@ class Forecast:
 
     memory: dict[str, float]
     """Bytes at the worst moment, by what they are for."""
-    gradients: float
-    """Bytes of them that do not depend on the rows."""
+    fixed: float
+    """Bytes of gradients and activations that do not depend on the rows."""
     costliest: int
     """Positions of the microbatch that takes the most."""
     available: float
@@ -86,6 +76,8 @@ class Forecast:
     rates: Rates
     microbatches: int
     token_budget: int
+    chunk: int
+    """Positions whose logits are there at a time; 0 where that is all of them or none."""
     checkpointing: bool
     steps: int
     useful_per_step: float
@@ -109,6 +101,8 @@ class Forecast:
     """Positions of a microbatch that fit, where the budget had to be lowered."""
     chosen: bool = False
     """Whether ``checkpointing`` was turned on because of memory."""
+    spare: float = 0.0
+    """Share of ``available`` that has to stay free."""
 
     @property
     def fit(self) -> Fit:
@@ -118,14 +112,19 @@ class Forecast:
     def fitting(self) -> int:
         """Positions whose activations fit beside everything else; a tenth of memory is left free."""
         passes = self.memory["gradients and activations"]
-        fixed = self.peak - passes + self.gradients
-        each = max(passes - self.gradients, 1.0) / self.costliest
+        fixed = self.peak - passes + self.fixed
+        each = max(passes - self.fixed, 1.0) / self.costliest
         return max(int((0.9 * self.available - fixed) / each), 1)
 
     @property
     def peak(self) -> float:
         """Most bytes of this process."""
         return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is little enough for the run to be made as it is."""
+        return self.peak <= (1 - self.spare) * self.available
 
     @property
     def step(self) -> float:
@@ -137,6 +136,7 @@ class Forecast:
         parts = ", ".join(f"{name} {_gib(size)}" for name, size in self.memory.items() if size >= 2**20)
         limit = self.useful_per_step / max(self.arithmetic, 1e-12)
         budget = f"{self.token_budget} positions a microbatch, {self.microbatches} of them a step"
+        budget += f", {self.chunk} positions a chunk of the head" if self.chunk else ""
         again = "activations computed again" if self.checkpointing else "activations kept"
         again += "" if self.share else ", every response with its own copy of the prompt"
         lines = [
@@ -214,7 +214,7 @@ def look_ahead(recipe: Recipe, config: Any, table: TokenTable) -> Forecast:
         ForecastError: the model's forward pass depends on numbers that are not there yet.
     """
     kept = _budgeted(_checkpointing(recipe, recipe.train.gradient_checkpointing is True), config, table)
-    short = kept.most is not None or kept.peak > kept.available
+    short = kept.most is not None or not kept.fits
     if recipe.train.gradient_checkpointing != "auto" or not short:
         return kept
     try:
@@ -222,8 +222,7 @@ def look_ahead(recipe: Recipe, config: Any, table: TokenTable) -> Forecast:
     except ForecastError:  # the model has no such thing
         return kept
     # Where nothing fits, what needs less; else what is faster.
-    fits, fits_again = (each.peak <= each.available for each in (kept, again))
-    better = again.step < kept.step if fits and fits_again else fits_again or again.peak < kept.peak
+    better = again.step < kept.step if kept.fits and again.fits else again.fits or again.peak < kept.peak
     return replace(again, chosen=True) if better else kept
 
 
@@ -240,7 +239,7 @@ def _budgeted(recipe: Recipe, config: Any, table: TokenTable) -> Forecast:
             plan = train_plan(recipe, table, share=share, way=way)
             steps = total_steps(recipe, plan.steps_per_epoch)
             ahead = forecast(recipe, config, plan, table, steps, share=share)
-            if ahead.peak <= ahead.available or recipe.train.token_budget != "auto":
+            if ahead.fits or recipe.train.token_budget != "auto":
                 return ahead
             most = ahead.fitting()
             plan = train_plan(recipe, table, share=share, way=way, most=most)
@@ -269,7 +268,7 @@ def forecast(recipe: Recipe, config: Any, plan: Plan, table: TokenTable, steps: 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = plan.costliest()
     checkpointing = recipe.train.gradient_checkpointing is True
-    traced = _of_rows(recipe, config, plan, table, rows, dtype, device, share=share)
+    traced, constant = _of_rows(recipe, config, plan, table, rows, dtype, device, share=share)
     rates = measured(device, dtype)
     bins = [part for step in plan.epoch(0)[:SAMPLED_STEPS] for ranks in step for part in ranks if len(part)]
     some = min(plan.steps_per_epoch, SAMPLED_STEPS)
@@ -286,12 +285,13 @@ def forecast(recipe: Recipe, config: Any, plan: Plan, table: TokenTable, steps: 
         reference = len(table) / recipe.train.rows_per_step * of_step
     return Forecast(
         memory=_memory(recipe, traced, device, plan.world),
-        gradients=traced.trained_bytes * (KEPT_BY_ALLOCATOR if device.type == "cpu" else 1.0),
+        fixed=_passes(constant, device, plan.world),
         costliest=plan.positions(rows),
         available=_available(device),
         rates=rates,
         microbatches=plan.microbatches,
         token_budget=plan.token_budget,
+        chunk=positions_per_chunk(_vocabulary(config), device) if share and not recipe.mixture.needs.values else 0,
         checkpointing=checkpointing,
         steps=steps,
         useful_per_step=useful,
@@ -304,6 +304,7 @@ def forecast(recipe: Recipe, config: Any, plan: Plan, table: TokenTable, steps: 
         reference=reference,
         world=plan.world,
         share=share,
+        spare=SPARE_ON_GPUS if device.type == "cuda" else 0.0,
     )
 
 
@@ -317,35 +318,46 @@ def _of_rows(
     device: torch.device,
     *,
     share: bool,
-) -> Traced:
-    """A microbatch of these rows: a few of them are traced, and the rest follows."""
+) -> tuple[Traced, Traced]:
+    """A microbatch of these rows, and what of it is there without any: a few of them are traced, once and twice, and
+    the rest follows. Gradients and copies of weights do not grow with the rows."""
     some = rows[np.linspace(0, len(rows) - 1, min(len(rows), TRACED_ROWS)).astype(int)]
-    batch = pack(table, some, share=share, kind=plan.layout.kind, counts=step_counts(table, some))
-    with without_random_numbers():
-        traced = trace(
+    divided = launched().startswith(("zero", "fsdp"))
+
+    def traced(chosen: np.ndarray) -> Traced:
+        return trace(
             config,
-            batch,
+            pack(table, chosen, share=share, kind=plan.layout.kind, counts=step_counts(table, chosen)),
             make=lambda each: skeleton(recipe, each),
             dtype=dtype,
             checkpointing=recipe.train.gradient_checkpointing is True,
             held=lambda model: weights_held(model, recipe.model),
+            copies=not divided,  # DeepSpeed and FSDP2 have weights in the type they compute in
         )
+
+    with without_random_numbers():
+        once, twice = traced(some), traced(np.concatenate([some, some]))
         whole = _largest_layer(recipe, config)
-    ratio = plan.positions(rows) / plan.positions(some)
-    # Logits are there a chunk at a time; in low precision before and after the softmax as well.
-    vocabulary = int(config.get_text_config().vocab_size)
-    most = positions_per_chunk(vocabulary, device)
-    wide = 4 if dtype == torch.float32 else 8
-    tokens = [sum(float(leg.lengths()[each].sum()) for leg in table.legs.values()) for each in (some, rows)]
-    head, head_of_all = (wide * vocabulary * min(most, number) for number in tokens)
-    kept = max(traced.peak - traced.trained_bytes - head, 0.0)
-    return replace(
-        traced,
-        forward_flops=traced.forward_flops * ratio,
-        total_flops=traced.total_flops * ratio,
-        moved=traced.moved * ratio,
-        peak=traced.trained_bytes + head_of_all + kept * ratio + whole,
+    more = twice + once * -1.0
+    # Logits are there a chunk at a time. What is traced lies on a CPU, whatever the run's device.
+    vocabulary = _vocabulary(config)
+    tokens, tokens_of_some = (
+        sum(int(leg.lengths()[each].sum()) for leg in table.legs.values()) for each in (rows, some)
     )
+    of_all = min(positions_per_chunk(vocabulary, device), tokens)
+    of_twice = min(positions_per_chunk(vocabulary, torch.device("cpu")), 2 * tokens_of_some)
+    logits = twice.logits * of_all / of_twice
+
+    def of(times: float) -> Traced:
+        found = once + more * (times - 1)
+        peaks = {moment: max(getattr(found, moment), 0.0) + whole for moment in MOMENTS}
+        return replace(found, calls=once.calls, logits=logits, **peaks)
+
+    return of(plan.positions(rows) / plan.positions(some)), of(0.0)
+
+
+def _vocabulary(config: Any) -> int:
+    return int(config.get_text_config().vocab_size)
 
 
 def _largest_layer(recipe: Recipe, config: Any) -> float:
@@ -398,13 +410,23 @@ def _memory(recipe: Recipe, traced: Traced, device: torch.device, world: int) ->
         "program": program,
         "weights": traced.parameter_bytes / of_weights,
         "optimizer": 0.0 if paged else each * traced.trained / of_optimizer,
-        "gradients and activations": traced.peak * (KEPT_BY_ALLOCATOR if device.type == "cpu" else 1.0),
+        "gradients and activations": _passes(traced, device, world),
         "reference": traced.parameter_bytes / of_weights if second else 0.0,
         "copy of a checkpoint": 0.0
         if device.type == "cuda"
         else bytes_to_copy(recipe, traced.parameters, traced.trained, engine, world),
         "initial weights": traced.trained_bytes if recipe.regularizers else 0.0,
     }
+
+
+def _passes(traced: Traced, device: torch.device, world: int) -> float:
+    """Bytes of gradients and activations of one process."""
+    engine, gradients = launched(), traced.trained_bytes
+    if engine in ("zero2", "zero3", "fsdp2"):
+        gradients /= world
+    elif engine == "ddp":
+        gradients *= 2  # DDP's buckets are copies of them unless it is told gradient_as_bucket_view
+    return (gradients + traced.activations) * (KEPT_BY_ALLOCATOR if device.type == "cpu" else 1.0)
 
 
 def most_memory() -> float:
@@ -420,42 +442,6 @@ def _available(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[1])
     return float(psutil.virtual_memory().available + psutil.Process().memory_info().rss)
-
-
-def measured(device: torch.device, dtype: torch.dtype, seconds: float = 0.05) -> Rates:
-    """Rates of a device: the best of a few large products and additions."""
-    size = 1024 if device.type == "cpu" else 8192
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    product = _best(lambda: left @ right, device, seconds)
-    numbers = torch.zeros(2**24 if device.type == "cpu" else 2**28, device=device)
-    addition = _best(lambda: numbers.add_(1.0), device, seconds)
-    few = torch.zeros(64, device=device, requires_grad=True)
-    chain = _best(lambda: _many(few).backward(), device, seconds)
-    return Rates(
-        flops=2 * size**3 / product, bandwidth=2 * numbers.nbytes / addition, start=chain / (2 * SMALL_OPERATIONS)
-    )
-
-
-SMALL_OPERATIONS = 200
-"""Of a pass whose time is divided by their number."""
-
-
-def _many(few: torch.Tensor) -> torch.Tensor:
-    for _ in range(SMALL_OPERATIONS):
-        few = few * 1.0
-    return few.sum()
-
-
-def _best(work: Any, device: torch.device, seconds: float) -> float:
-    state, taken, started = None, [], time.perf_counter()
-    while len(taken) < 3 or time.perf_counter() - started < seconds:
-        before = time.perf_counter()
-        state = work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - before)
-    del state
-    return min(taken)
 
 
 def _gib(size: float) -> str:

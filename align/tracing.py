@@ -13,7 +13,7 @@ import copy
 import logging
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,12 +41,24 @@ class Traced:
     """Bytes that operations other than matrix products and attention read and write, both passes."""
     calls: float
     """Operations started, both passes."""
-    peak: float
-    """Most bytes in use at once beside the weights, gradients included."""
+    forward: float
+    """Most bytes in use at once in the forward pass beside weights and gradients, as the following, without logits."""
+    forward_head: float
+    """While logits of a chunk are there, but without them."""
+    backward: float
+    backward_head: float
+    logits: float
+    """Bytes of all that is as wide as the vocabulary, for one chunk."""
     parameters: float
     trained: float
     parameter_bytes: float
     trained_bytes: float
+
+    @property
+    def activations(self) -> float:
+        """Most bytes in use at once beside weights and gradients."""
+        head = max(self.forward_head, self.backward_head) + self.logits
+        return max(self.forward, self.backward, head)
 
     def __add__(self, other: Traced) -> Traced:
         return Traced(**{name: getattr(self, name) + getattr(other, name) for name in Traced.__slots__})
@@ -55,12 +67,26 @@ class Traced:
         return Traced(**{name: getattr(self, name) * factor for name in Traced.__slots__})
 
 
-class _Watch(TorchDispatchMode):
-    """Counts every operation, and follows every tensor that one makes until it is let go."""
+MOMENTS = ("forward", "forward_head", "backward", "backward_head")
+"""Each has a peak of its own, because which one is highest depends on the number of rows and layers."""
 
-    def __init__(self, known: set[int]) -> None:
+
+class _Watch(TorchDispatchMode):
+    """Counts every operation, and follows every tensor that one makes until it is let go.
+
+    Args:
+        known: storages that are there already.
+        weights: storages of parameters whose copies in another type are not counted.
+        vocabulary: width of the logits that are there a chunk at a time; None where they are not.
+    """
+
+    def __init__(self, known: set[int], weights: set[int], vocabulary: int | None) -> None:
         super().__init__()
-        self.known, self.now, self.peak, self.moved, self.flops, self.calls = known, 0, 0, 0, 0, 0
+        self.known, self.weights, self.vocabulary = known, weights, vocabulary
+        self.now, self.logits, self.most_logits = 0, 0, 0
+        self.moved, self.flops, self.calls = 0, 0, 0
+        self.phase = "forward"
+        self.peaks: dict[str, float] = dict.fromkeys(MOMENTS, 0.0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -71,6 +97,8 @@ class _Watch(TorchDispatchMode):
         else:
             out = func(*args, **kwargs)
         made = [value for value in tree_leaves(out) if isinstance(value, Tensor)]
+        if func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self.weights:
+            self._leave_out(made[0])
         fresh = [value for value in made if self._take(value)]
         formula = ON_CPUS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
         if formula is not None:
@@ -82,20 +110,28 @@ class _Watch(TorchDispatchMode):
             self.moved += 2 * sum(value.nbytes for value in made)
         return out
 
+    def _leave_out(self, value: Tensor) -> None:
+        storage = value.untyped_storage()
+        self.known.add(storage._cdata)
+        weakref.finalize(storage, self.known.discard, storage._cdata)
+
     def _take(self, value: Tensor) -> bool:
         storage = value.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self.known:
             return False
         self.known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._free, key, size)
+        wide = size if value.dim() == 2 and value.shape[1] == self.vocabulary else 0
+        self.now, self.logits = self.now + size, self.logits + wide
+        self.most_logits = max(self.most_logits, self.logits)
+        moment = self.phase + ("_head" if self.logits else "")
+        self.peaks[moment] = max(self.peaks[moment], self.now - self.logits)
+        weakref.finalize(storage, self._free, key, size, wide)
         return True
 
-    def _free(self, key: int, size: int) -> None:
+    def _free(self, key: int, size: int, wide: int) -> None:
         self.known.discard(key)
-        self.now -= size
+        self.now, self.logits = self.now - size, self.logits - wide
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
@@ -160,6 +196,7 @@ def trace(
     dtype: torch.dtype,
     checkpointing: bool,
     held: Callable[[nn.Module], float] = _bytes,
+    copies: bool = True,
 ) -> Traced:
     """Counts one microbatch.
 
@@ -170,23 +207,22 @@ def trace(
         dtype: of the computation; below float32 it runs under autocast.
         checkpointing: whether activations are computed again.
         held: bytes of a model's weights as the run has them, where they are not as ``make`` makes them.
+        copies: whether autocast's copies of the weights take memory; not where an engine has weights in that type.
     """
-    text = config.get_text_config()
-    layers = int(text.num_hidden_layers)
-    low, high = (_traced(_with_layers(config, number), batch, make, dtype, held) for number in FEW)
-    each = high + low * -1.0
-    whole = low + each * (layers - 1)
-    if not checkpointing:
-        return whole
-    # Of every layer its input is kept, and in the backward pass one layer at a time is as if it alone were there.
-    kept = batch.input_ids.numel() * int(text.hidden_size) * dtype.itemsize
-    return replace(
-        whole,
-        total_flops=whole.total_flops + layers * each.forward_flops,
-        moved=whole.moved + layers * each.moved / 3,
-        calls=whole.calls + layers * each.calls / 3,
-        peak=low.peak + (layers - 1) * (each.trained_bytes + kept),
+    layers = int(config.get_text_config().num_hidden_layers)
+    low, high = (
+        traced_whole(
+            _with_layers(config, number),
+            batch,
+            make=make,
+            dtype=dtype,
+            checkpointing=checkpointing,
+            held=held,
+            copies=copies,
+        )
+        for number in FEW
     )
+    return low + (high + low * -1.0) * (layers - 1)
 
 
 def fewer_layers(config: Any) -> Any:
@@ -209,9 +245,17 @@ def _with_layers(config: Any, number: int) -> Any:
     return changed
 
 
-def _traced(
-    config: Any, batch: PackedBatch, make: Any, dtype: torch.dtype, held: Callable[[nn.Module], float] = _bytes
+def traced_whole(
+    config: Any,
+    batch: PackedBatch,
+    *,
+    make: Any,
+    dtype: torch.dtype,
+    checkpointing: bool,
+    held: Callable[[nn.Module], float] = _bytes,
+    copies: bool = True,
 ) -> Traced:
+    """As ``trace``, with every layer there is."""
     with torch.device("meta"):
         model: nn.Module = make(config)
     weights = held(model)
@@ -219,27 +263,32 @@ def _traced(
     with _unlogged("torch._subclasses.fake_tensor"), FakeTensorMode(allow_non_fake_inputs=True):
         _onto_cpu(model)
         model.train()
+        if checkpointing:
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
         sizes = [(each.numel(), each.nbytes, each.requires_grad) for each in model.parameters()]
         for each in model.parameters():  # gradients are there already, as in most microbatches
             each.grad = torch.zeros_like(each) if each.requires_grad else None
         grads = [each.grad for each in model.parameters() if each.grad is not None]
-        known = {each.untyped_storage()._cdata for each in (*model.parameters(), *model.buffers(), *grads)}
-        with _Watch(known) as watch:
+        own = {each.untyped_storage()._cdata for each in model.parameters()}
+        known = own | {each.untyped_storage()._cdata for each in (*model.buffers(), *grads)}
+        # Where responses don't share their prompt, all logits are there at once.
+        vocabulary = int(config.get_text_config().vocab_size) if batch.shared else None
+        with _Watch(known, set() if copies else own, vocabulary) as watch:
             with torch.autocast("cpu", dtype) if low else contextlib.nullcontext():
                 found = model(packed=batch)
-            forward = watch.flops
+            forward, watch.phase = watch.flops, "backward"
             (found["values"] if "values" in found else found["logps"]).sum().backward()
-    trained = float(sum(size for _, size, grad in sizes if grad))
     return Traced(
         forward_flops=float(forward),
         total_flops=float(watch.flops),
         moved=float(watch.moved),
         calls=float(watch.calls),
-        peak=watch.peak + trained,
+        **watch.peaks,
+        logits=float(watch.most_logits),
         parameters=float(sum(number for number, _, _ in sizes)),
         trained=float(sum(number for number, _, grad in sizes if grad)),
         parameter_bytes=weights,
-        trained_bytes=trained,
+        trained_bytes=float(sum(size for _, size, grad in sizes if grad)),
     )
 
 
