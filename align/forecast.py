@@ -18,11 +18,11 @@ import psutil
 import torch
 
 from align.assemble import bytes_to_copy, optimizer_bytes, total_steps, train_plan
-from align.engines import launched, shards_weights
+from align.engines import launched, on_gpu, shards_weights
 from align.errors import RecipeError, RunError
 from align.forward import bind
 from align.logps import positions_per_chunk
-from align.model import add_adapter, attention, compute_dtype, dense_attention
+from align.model import add_adapter, attention, compute_dtype, dense_attention, keep_input_dtype
 from align.quantized import largest_layer, weights_held
 from align.rates import Rates, measured
 from align.recipe import Recipe
@@ -38,7 +38,7 @@ from data.store import TokenTable
 KEPT_BY_ALLOCATOR = 1.1
 """How much more memory passes take on CPUs than they ask for: blocks that the C library keeps. Runs of 16, 20 and 135
 million weights then took 0.9 to 1.0 of what was forecast."""
-STILL_TO_LOAD = 0.17 * 2**30
+STILL_TO_LOAD = 0.09 * 2**30
 """Bytes of libraries that training loads later."""
 SPARE_ON_GPUS = 0.1
 """Share of a GPU's memory that no plan uses: its allocator can't fill every gap that freed blocks leave."""
@@ -168,12 +168,15 @@ class Forecast:
                 f"{_gib(self.peak)} GiB of {_gib(self.available)}; leave it out, or lower train.token_budget"
             )
 
-    def verdict(self, seconds: list[float], peak: float) -> tuple[list[str], dict[str, Any]]:
+    def verdict(
+        self, seconds: list[float], peak: float, reference: float | None = None
+    ) -> tuple[list[str], dict[str, Any]]:
         """What to say at the end, and the same as numbers.
 
         Args:
             seconds: of each step, without evaluating and saving.
             peak: most bytes that this process had.
+            reference: seconds of the reference pass over all training rows; None where there was none.
         """
         step = statistics.median(seconds)
         mfu = self.useful_flops / step / self.rates.flops
@@ -194,10 +197,12 @@ class Forecast:
             "useful_tokens_per_second": self.useful_per_step / step,
             "mfu": mfu,
             "shares": shares,
+            "reference": reference,
         }
+        also = f", {_duration(reference)} for the reference (forecast {_duration(self.reference)})" if reference else ""
         return [
             f"verdict: {self.useful_per_step / step:.0f} useful tokens/s, {step:.2f} s a step (median; forecast "
-            f"{self.step:.2f}), {_gib(peak)} GiB at most (forecast {_gib(self.peak)})",
+            f"{self.step:.2f}), {_gib(peak)} GiB at most (forecast {_gib(self.peak)}){also}",
             f"verdict: {mfu:.0%} of the device's measured {self.rates.flops / 1e9:,.0f} GFLOP/s went into useful "
             f"arithmetic; limited by {limit} ({told})",
         ], found
@@ -265,7 +270,7 @@ def forecast(recipe: Recipe, config: Any, plan: Plan, table: TokenTable, steps: 
         share: whether responses share their prompt's positions.
     """
     dtype = compute_dtype(recipe.model)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if on_gpu() else "cpu")
     rows = plan.costliest()
     checkpointing = recipe.train.gradient_checkpointing is True
     traced, constant = _of_rows(recipe, config, plan, table, rows, dtype, device, share=share)
@@ -388,6 +393,8 @@ def skeleton(recipe: Recipe, config: Any) -> torch.nn.Module:
         model = get_peft_model(model, adapter)
     elif recipe.lora is not None:
         model = add_adapter(model, recipe.lora)
+    if recipe.lora is not None:
+        keep_input_dtype(model)
     bind(model)
     return model
 
@@ -431,7 +438,7 @@ def _passes(traced: Traced, device: torch.device, world: int) -> float:
 
 def most_memory() -> float:
     """Most bytes this process has had, on the accelerator where there is one."""
-    if torch.cuda.is_available():
+    if on_gpu():
         free, total = torch.cuda.mem_get_info()
         beside = total - free - torch.cuda.memory_reserved()
         return float(torch.cuda.max_memory_reserved() + beside)

@@ -71,6 +71,8 @@ class Startup:
         self.starts_as_reference, self.dtype, self.say = starts_as_reference, dtype, say
         self.row_names, self.reference = row_names, reference
         self.checks: list[checks.Check] = []
+        self.reference_seconds: float | None = None
+        """Of the pass over all training rows, where none was cached."""
 
     def __call__(self, trainer: ObjectiveTrainer) -> None:
         """Fills the reference cache and checks what can be checked.
@@ -117,7 +119,10 @@ class Startup:
             for legs, split in zip(stored, splits, strict=True):
                 verify_cached(self.key.folder, legs, split, scorer, checks.TOLERANCES[self.dtype])
             for legs, split in zip(stored, splits, strict=True):
+                started = time.perf_counter()
                 self._fill(legs, split, scorer, trainer)
+                if split is trainer.batches and not found:
+                    self.reference_seconds = time.perf_counter() - started
         for legs, name in zip(stored, self.row_names, strict=True):
             _refuse_not_finite(legs, name)
         for legs, split in zip(stored, splits, strict=True):

@@ -217,7 +217,7 @@ def _run(recipe: Recipe, command: str, measure: Measure | None, only_plan: bool,
                 measured += measure(trainer.unwrapped, tokenizer, trainer.state.global_step)
             results = [*(held_out.results if held_out else []), *measured]
             if ahead is not None and ready.speed.steps:
-                lines, found = ahead.verdict(ready.speed.steps, most_memory())
+                lines, found = ahead.verdict(ready.speed.steps, most_memory(), ready.startup.reference_seconds)
                 (output_dir / "forecast.json").write_text(json.dumps(found, indent=1))
                 for line in lines:
                     say(line)

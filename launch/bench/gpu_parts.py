@@ -56,7 +56,7 @@ def table_of(legs: tuple[str, ...], rows: int, longest: int, vocabulary: int) ->
 
 def product(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product."""
-    from align.forecast import measured
+    from align.rates import measured
 
     return measured(device, dtype, seconds=1.0).flops
 

@@ -163,7 +163,9 @@ def test_words_and_shares_by_hand():
     ):
         assert part in told, part
     assert "warning" not in told
-    lines, found = AHEAD.verdict([9.0, 5.0, 4.0], peak=3.3e9)
+    lines, found = AHEAD.verdict([9.0, 5.0, 4.0], peak=3.3e9, reference=6.5)
+    assert lines[0].endswith("3.07 GiB at most (forecast 2.79), 6.5 s for the reference (forecast 7.0 s)")
+    assert AHEAD.verdict([9.0], peak=3.3e9)[0][0].endswith("(forecast 2.79)")
     assert found["mfu"] == pytest.approx(0.4)
     assert found["useful_tokens_per_second"] == 300
     assert list(found["shares"].values()) == pytest.approx([0.6, 0.15, 0.05, 0.2])
