@@ -110,10 +110,14 @@ class LogpsStore:
             values: np.ndarray | None = None
             for each, rows, at in places:
                 here = (at >= first[number]) & (at < first[number + 1])
-                if here.any():
+                if not here.any():
+                    continue
+                try:
                     values = _read(path, "values") if values is None else values
-                    own = at[here] - first[number]
-                    each.put(rows[here], values[spans(starts[own], of_part[own])])
+                except (OSError, SafetensorError):  # another process has found it damaged since
+                    break
+                own = at[here] - first[number]
+                each.put(rows[here], values[spans(starts[own], of_part[own])])
 
     def write(self, keys: Keys, lengths: np.ndarray, values: np.ndarray) -> None:
         """Stores the log-probs of some responses, one after the other, as one part."""
@@ -127,14 +131,16 @@ class LogpsStore:
 
 
 def _index(path: Path) -> Sequence[np.ndarray] | None:
-    """Keys and lengths of a part; None, and the file deleted, if it is damaged."""
+    """Keys and lengths of a part; None if it can't be read now, and the file deleted if it is damaged."""
     try:
         keys, lengths, values = (_read(path, name) for name in ("keys", "lengths", "values"))
         if len(values) != lengths.sum() or len(keys) != len(lengths) or not np.isfinite(values).all():
             raise ValueError("does not fit together")
     except PermissionError as error:
         raise RunError(f"can't read {path}: {error.strerror}; set ALIGN_CACHE to a folder of your own") from None
-    except (OSError, ValueError, SafetensorError):
+    except OSError:  # deleted by another process meanwhile, or a disk that will be back
+        return None
+    except (ValueError, SafetensorError):
         path.unlink(missing_ok=True)
         return None
     return keys, lengths

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from align import build
+from align import build, logps_store
 from align import model as models
 from align.checks import Check
 from align.logps_store import LogpsStore, StoredLogps, response_keys
@@ -244,6 +245,29 @@ def test_damaged_parts_are_computed_again(tmp_path: Path):
     store.fill([again])
     assert not again.done.any()
     assert not part.exists()
+
+
+@pytest.mark.parametrize("name", ["keys", "values"])
+def test_parts_of_a_disk_that_fails_for_a_moment_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    """They were deleted as damaged; and one that another process deleted between two readings ended the run."""
+    table = a_table(([7], [1, 2, 3], [9]))
+    stored, store = StoredLogps.of(table, "chosen"), LogpsStore(tmp_path)
+    store.write(stored.keys, np.array([3]), np.array([-1, -2, -3], dtype=np.float32))
+    read, readings = logps_store._read, []
+
+    def fails(path: Path, wanted: str) -> np.ndarray:
+        readings.append(wanted)
+        # Values are read when the part is looked at and again when they are taken.
+        if wanted == name and (name == "keys" or readings.count(name) == 2):
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path, wanted)
+
+    monkeypatch.setattr(logps_store, "_read", fails)
+    store.fill([stored])
+    assert not stored.done.any()
+    monkeypatch.undo()
+    store.fill([stored])
+    assert stored.done.all()
 
 
 def test_the_key_of_a_response_sees_its_prompt_and_where_it_ends():
