@@ -23,14 +23,13 @@ def many_imports() -> Iterator[None]:
     """For a block that imports large libraries for the whole run.
 
     They make some million objects that stay. Python would look through them again and again for garbage while they are
-    made, and once more at the end: a second at the start and two at the exit.
+    made, which takes a second.
     """
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
-        gc.freeze()
 
 
 def quiet_libraries() -> None:
