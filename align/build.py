@@ -118,7 +118,7 @@ def build(
     _tell_parameters(model, say)
     # Read here, where weights are in host memory.
     fingerprint = models.weights_fingerprint(model)
-    bare = models.starts_as_base(model, recipe.lora) or recipe.reference.model == "base"
+    bare = recipe.needs_reference and (models.starts_as_base(model, recipe.lora) or recipe.reference.model == "base")
     of_reference = models.weights_fingerprint(model, without_adapter=True) if bare else fingerprint
     if shards_weights(launched()):  # whole, it may be larger than a device
         share, path_check = _path_of_a_part(recipe, config, model, prepared.train.table, dtype, args.device)

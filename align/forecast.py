@@ -11,6 +11,7 @@ from __future__ import annotations
 import resource
 import statistics
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from align.quantized import largest_layer, weights_held
 from align.rates import Rates, measured
 from align.recipe import Recipe
 from align.segments import NAME
-from align.tracing import MOMENTS, Traced, fewer_layers, trace, without_random_numbers
+from align.tracing import MOMENTS, Traced, by_layers, fewer_layers, trace, without_random_numbers
 from align.value_head import with_head
 from data.errors import DataError
 from data.loader import step_counts
@@ -330,15 +331,16 @@ def _of_rows(
     divided = launched().startswith(("zero", "fsdp"))
 
     def traced(chosen: np.ndarray) -> Traced:
-        return trace(
-            config,
-            pack(table, chosen, share=share, kind=plan.layout.kind, counts=step_counts(table, chosen)),
+        whole = partial(
+            trace,
+            batch=pack(table, chosen, share=share, kind=plan.layout.kind, counts=step_counts(table, chosen)),
             make=lambda each: skeleton(recipe, each),
             dtype=dtype,
             checkpointing=recipe.train.gradient_checkpointing is True,
             held=lambda model: weights_held(model, recipe.model),
             copies=not divided,  # DeepSpeed and FSDP2 have weights in the type they compute in
         )
+        return by_layers(config, whole)
 
     with without_random_numbers():
         once, twice = traced(some), traced(np.concatenate([some, some]))

@@ -367,7 +367,7 @@ def keep_input_dtype(model: nn.Module) -> None:
 
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            module._cast_input_dtype = MethodType(cast, module)  # type: ignore[method-assign]
+            module._cast_input_dtype = MethodType(cast, module)
 
 
 def check_before_loading(recipe: Recipe, config: PretrainedConfig) -> None:

@@ -188,40 +188,10 @@ def _bytes(model: nn.Module) -> float:
     return float(sum(each.nbytes for each in model.parameters()))
 
 
-def trace(
-    config: Any,
-    batch: PackedBatch,
-    *,
-    make: Any,
-    dtype: torch.dtype,
-    checkpointing: bool,
-    held: Callable[[nn.Module], float] = _bytes,
-    copies: bool = True,
-) -> Traced:
-    """Counts one microbatch.
-
-    Args:
-        config: of the model.
-        batch: on the CPU.
-        make: builds the bound model from a configuration, on a device where nothing is allocated.
-        dtype: of the computation; below float32 it runs under autocast.
-        checkpointing: whether activations are computed again.
-        held: bytes of a model's weights as the run has them, where they are not as ``make`` makes them.
-        copies: whether autocast's copies of the weights take memory; not where an engine has weights in that type.
-    """
+def by_layers(config: Any, traced: Callable[[Any], Traced]) -> Traced:
+    """What ``traced`` gives for a model, from two with few layers: each further layer adds the same."""
     layers = int(config.get_text_config().num_hidden_layers)
-    low, high = (
-        traced_whole(
-            _with_layers(config, number),
-            batch,
-            make=make,
-            dtype=dtype,
-            checkpointing=checkpointing,
-            held=held,
-            copies=copies,
-        )
-        for number in FEW
-    )
+    low, high = (traced(_with_layers(config, number)) for number in FEW)
     return low + (high + low * -1.0) * (layers - 1)
 
 
@@ -245,7 +215,7 @@ def _with_layers(config: Any, number: int) -> Any:
     return changed
 
 
-def traced_whole(
+def trace(
     config: Any,
     batch: PackedBatch,
     *,
@@ -255,7 +225,17 @@ def traced_whole(
     held: Callable[[nn.Module], float] = _bytes,
     copies: bool = True,
 ) -> Traced:
-    """As ``trace``, with every layer there is."""
+    """Counts one microbatch.
+
+    Args:
+        config: of the model.
+        batch: on the CPU.
+        make: builds the bound model from a configuration, on a device where nothing is allocated.
+        dtype: of the computation; below float32 it runs under autocast.
+        checkpointing: whether activations are computed again.
+        held: bytes of a model's weights as the run has them, where they are not as ``make`` makes them.
+        copies: whether autocast's copies of the weights take memory; not where an engine has weights in that type.
+    """
     with torch.device("meta"):
         model: nn.Module = make(config)
     weights = held(model)
@@ -264,7 +244,8 @@ def traced_whole(
         _onto_cpu(model)
         model.train()
         if checkpointing:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+            enable: Any = model.activation_checkpointing_enable
+            enable(activation_checkpointing_kwargs={"use_reentrant": False})
         sizes = [(each.numel(), each.nbytes, each.requires_grad) for each in model.parameters()]
         for each in model.parameters():  # gradients are there already, as in most microbatches
             each.grad = torch.zeros_like(each) if each.requires_grad else None

@@ -62,8 +62,8 @@ def random_weights(config: Any) -> Iterator[None]:
                 config, dtype=dtype, attn_implementation=models.attention(section, config)
             )
 
-    before, models.load_weights = models.load_weights, made  # type: ignore[assignment]
-    fingerprint, models.weights_fingerprint = models.weights_fingerprint, lambda *a, **k: "random"  # type: ignore[assignment]
+    before, models.load_weights = models.load_weights, made
+    fingerprint, models.weights_fingerprint = models.weights_fingerprint, lambda *a, **k: "random"
     try:
         yield
     finally:

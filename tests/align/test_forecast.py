@@ -25,7 +25,7 @@ from align.forward import bind
 from align.rates import Rates
 from align.recipe import read_recipe
 from align.segments import NAME
-from align.tracing import Traced, trace, traced_whole, without_random_numbers
+from align.tracing import Traced, by_layers, trace, without_random_numbers
 from data.pack import PackedBatch, pack
 from tests.align.tiny import CONFIGS, mamba, random_table
 from tests.equivalence.runs import write_rows
@@ -61,7 +61,7 @@ def with_adapter(config: Any) -> Any:
 
 def traced(layers: int = 2, make: Any = full, *, dtype: torch.dtype = torch.float32, **more: Any) -> Traced:
     options: dict[str, Any] = {"checkpointing": False} | more
-    return trace(shape(layers), packed(), make=make, dtype=dtype, **options)
+    return by_layers(shape(layers), partial(trace, batch=packed(), make=make, dtype=dtype, **options))
 
 
 def test_arithmetic_by_hand():
@@ -82,7 +82,7 @@ def test_arithmetic_by_hand():
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "again"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layers_are_extrapolated_exactly(dtype: torch.dtype, checkpointing: bool):
-    whole = traced_whole(shape(7), packed(), make=full, dtype=dtype, checkpointing=checkpointing)
+    whole = trace(shape(7), packed(), make=full, dtype=dtype, checkpointing=checkpointing)
     found = traced(7, dtype=dtype, checkpointing=checkpointing)
     for name in Traced.__slots__:
         assert getattr(found, name) == pytest.approx(getattr(whole, name), rel=0.01), name
@@ -235,7 +235,7 @@ def test_rows_are_extrapolated_exactly(
         monkeypatch.setattr(logps, "LOGITS_PER_CHUNK", 80 * 96)
     batch = pack(table, rows, share=True, kind="pack", counts={})
     make = partial(skeleton, recipe)
-    whole = traced_whole(config, batch, make=make, dtype=dtype, checkpointing=checkpointing)
+    whole = trace(config, batch, make=make, dtype=dtype, checkpointing=checkpointing)
     for name in ("logits", "activations", "total_flops", "trained_bytes"):
         assert getattr(found, name) == pytest.approx(getattr(whole, name), rel=0.02), name
     copied = 2 * 3 * OF_LAYER if kind == "bfloat16" else 0

@@ -70,7 +70,7 @@ def test_the_gpu_script_runs_on_a_cpu(tmp_path: Path):
     for name in ("dpo, LoRA", "tpo, LoRA", "dpo, full"):
         assert found[name]["rows_per_second"] > 0
         assert 0 < found[name]["mfu_of_measured"] < 1
-        assert found[name]["mfu_of_sheet"] == pytest.approx(0, abs=1e-2)
+        assert 0 < found[name]["mfu_of_sheet"] < found[name]["mfu_of_measured"] / 10
         assert "shared prompts equal separate sequences" in found[name]["checks"]
 
 
