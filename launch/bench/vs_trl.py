@@ -150,6 +150,11 @@ def compare(setup: Setup) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def averages_means(setup: Setup, micro: int) -> bool:
+    """Whether TRL averages means over tokens over microbatches, so that its loss is a little another: with TPO."""
+    return setup.case == "tpo" and micro < setup.batch
+
+
 def largest_difference(setup: Setup, micro: int, runs: Sequence[dict[str, Any]]) -> float:
     """Between our losses and those of another side in the same round, step by step.
 
@@ -164,8 +169,7 @@ def largest_difference(setup: Setup, micro: int, runs: Sequence[dict[str, Any]])
     found = []
     for name, theirs in zip(SIDES[1:], others, strict=True):
         found.append(max(abs(a - b) for a, b in zip(ours, theirs, strict=True)))
-        # TRL's TPO averages a mean over tokens over microbatches, so with several of them its loss is a little another.
-        split = setup.case == "tpo" and name == "trl-best" and micro < setup.batch
+        split = name == "trl-best" and averages_means(setup, micro)
         if found[-1] > (SPLIT_TOLERANCE * max(ours) if split else TOLERANCE):
             raise SystemExit(f"{setup}: {name} computes other losses (up to {found[-1]:.2g} apart): {ours}, {theirs}")
     return max(found)

@@ -67,6 +67,16 @@ def test_tables_plots_and_what_stands_around_them(tmp_path: Path):
     assert round(best / defaults, 1) == 2
 
 
+def test_where_trl_computes_another_loss_its_distance_is_told_apart():
+    def one(case: str, micro: int, losses_apart: float) -> dict[str, object]:
+        return {"setup": asdict(Setup(case=case, batch=8)), "micro": micro, "losses_apart": losses_apart}
+
+    whole = [one("hh", 1, 2e-6), one("tpo", 8, 3e-6)]
+    assert performance_page.apart(whole) == "the largest difference was 3e-06"
+    told = performance_page.apart([*whole, one("tpo", 2, 0.02)])
+    assert told.startswith("the largest difference was 3e-06; TPO's was 0.02 where")
+
+
 def test_numbers_replace_older_ones_of_the_same_kind(tmp_path: Path):
     path = tmp_path / "performance.json"
     first, second = (asdict(TABLE[i]) for i in (4, 1))
