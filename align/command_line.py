@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, get_type_hints
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from align.errors import RecipeError
-from align.keys import Schema, elsewhere, fields_of
+from align.keys import Schema, elsewhere, fields_of, types_of
 
 
 def is_text(path: str, schema: Schema) -> bool:
     """Whether the key at this path takes text, so that 7 and [END] are not read as YAML."""
     section, _, key = path.partition(".")
-    return section in schema.sections and get_type_hints(schema.sections[section]).get(key) in (str, str | None)
+    return section in schema.sections and types_of(schema.sections[section]).get(key) in (str, str | None)
 
 
 def pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str, bool]]:

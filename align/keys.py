@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, get_type_hints
 
 from align.errors import RecipeError
 from align.sections import SECTIONS
@@ -142,3 +143,9 @@ def elsewhere(key: str, known: Iterable[str] = (), schema: Schema = TRAINING) ->
 def fields_of(cls: type) -> list[str]:
     """The keys that a section or a registered class has."""
     return [f.name for f in dataclasses.fields(cls)]
+
+
+@cache
+def types_of(cls: type) -> dict[str, Any]:
+    """Their types, by key."""
+    return get_type_hints(cls)

@@ -7,12 +7,13 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_args, get_type_hints
+from functools import cache
+from typing import Any, get_args
 
 from pydantic import TypeAdapter
 
 from align.errors import RecipeError
-from align.keys import TRAINING, Schema, fields_of
+from align.keys import TRAINING, Schema, fields_of, types_of
 from align.sections import DatasetSection
 from objectives.checks import require
 from objectives.registry import Registry, did_you_mean
@@ -23,7 +24,7 @@ WEIGHTED = ("objective", "scorers")
 
 def section(cls: type, values: Mapping[str, Any], path: str) -> Any:
     """An instance of ``cls`` from plain values, each converted to its field's type."""
-    hints = get_type_hints(cls)
+    hints = types_of(cls)
     known = fields_of(cls)
     converted: dict[str, Any] = {}
     for key, value in values.items():
@@ -52,7 +53,7 @@ def section(cls: type, values: Mapping[str, Any], path: str) -> Any:
         try:
             if isinstance(value, bool) and not _allows(hints[key], bool):
                 raise ValueError("pydantic would make it a number")
-            converted[key] = TypeAdapter(hints[key]).validate_python(value)
+            converted[key] = _adapter(hints[key]).validate_python(value)
         except ValueError:  # pydantic's is one
             raise RecipeError(f"{path}.{key} must be {_expected(hints[key])}, got {value!r}") from None
         if isinstance(converted[key], str) and converted[key].startswith("~"):
@@ -67,6 +68,11 @@ def section(cls: type, values: Mapping[str, Any], path: str) -> Any:
     except ValueError as error:
         begins_with_key = str(error).split(" ")[0] in known
         raise RecipeError(f"{path}{'.' if begins_with_key else ': '}{error}") from None
+
+
+@cache  # making one takes longer than using it a hundred times
+def _adapter(hint: Any) -> Any:
+    return TypeAdapter(hint)
 
 
 def _nested(hint: Any) -> Any:
@@ -182,7 +188,7 @@ def _entry(registry: Registry, kind: str, path: str, value: Any, commanded: set[
     if kind not in WEIGHTED:
         return Entry(name=name, built=built)
     try:
-        weight = TypeAdapter(float).validate_python(value.get("weight", 1.0))
+        weight = _adapter(float).validate_python(value.get("weight", 1.0))
         free = kind == "scorers"  # whose scores may also count against a response, or only be recorded
         require("weight", weight, math.isfinite(weight) and (free or weight > 0), "> 0 and finite")
     except ValueError:  # pydantic's is one

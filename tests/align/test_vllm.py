@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from align.train import main
 from tests.equivalence.test_resume import command
 from tests.equivalence.worlds import save_model, save_pairs
+from tests.support import VLLM_ENVIRONMENT
 
 SCRIPT = """
 import json, sys
@@ -43,7 +44,7 @@ def test_trained_weights_score_alike_in_vllm(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "score.py").write_text(SCRIPT)
     done = subprocess.run(
         [sys.executable, str(tmp_path / "score.py"), str(tmp_path / "run"), json.dumps(ids)],
-        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, **VLLM_ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},  # one process starts sooner
         capture_output=True,
         text=True,
         timeout=500,

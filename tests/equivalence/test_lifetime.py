@@ -117,13 +117,13 @@ def test_a_process_that_hangs_is_named(folder: Path):
     wait_for_checkpoint(folder / "run", run)
     hanging = workers(run)[1]
     hanging.send_signal(signal.SIGSTOP)
+    assert run.stdout is not None
     try:
-        output, _ = run.communicate(timeout=120)
+        said = next(line for line in run.stdout if "no progress for" in line)
     finally:
-        if hanging.is_running():
-            hanging.send_signal(signal.SIGCONT)
+        hanging.send_signal(signal.SIGCONT)  # or the launcher would wait half a minute before it kills it
+    run.communicate(timeout=120)
     assert run.returncode != 0
-    said = next(line for line in output.splitlines() if "no progress for" in line)
     assert said.startswith("[process 0] error: ")
     assert "process 1 was last seen in: " in said
 
