@@ -184,9 +184,10 @@ one run: `make bench` ({machine}; {versions};
 {dates}). TRL at its best has a precomputed reference, no activation
 checkpointing, and as many rows at a time as were fastest when tried. Nothing is written unless all sides computed the
 same losses: {apart}.
-Medians are over two rounds, of the steps after the first two: few, and the machine is noisy, so look at the spread. Useful tokens are response tokens plus prompts once. Rows that do not
-fit the model's 1,024 positions (512 for stories260k) are left out for all. Ours is what the command line does, which on
-CPUs keeps freed memory; that alone was an eighth of a 135m step (docs/log.md), and TRL leaves it to the user."""
+Medians are over two rounds, of the steps after the first two: few, and the machine is noisy, so look at the spread.
+Useful tokens are response tokens plus prompts once. Rows that do not fit the model's 1,024 positions (512 for
+stories260k) are left out for all. Ours is what the command line does, which on CPUs keeps freed memory; that alone was
+an eighth of a 135m step (docs/log.md), and TRL leaves it to the user."""
 PICTURES = {
     "memory.svg": "Peak memory",
     "padding.svg": "Positions that hold no token, in percent",
