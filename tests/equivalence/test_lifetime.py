@@ -64,9 +64,7 @@ def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 @pytest.mark.slow
 def test_sigterm_saves_and_the_run_goes_on(folder: Path):
-    straight = start(folder, "straight")
-    wanted, _ = straight.communicate(timeout=300)
-    assert straight.returncode == 0, wanted
+    assert main(command(folder, "straight", **LONG)) == 0
     stopped = start(folder, "stopped")
     wait_for_checkpoint(folder / "stopped", stopped)
     stopped.send_signal(signal.SIGTERM)

@@ -134,9 +134,7 @@ def test_killed_in_the_middle_and_started_again(folder: Path):
             text=True,
         )
 
-    straight = run("straight")
-    output, _ = straight.communicate(timeout=300)
-    assert straight.returncode == 0, output
+    assert main(command(folder, "straight", **keys)) == 0
     killed = run("killed")
     deadline = time.monotonic() + 120
     while not list((folder / "killed").glob("checkpoint-*")) and time.monotonic() < deadline:
