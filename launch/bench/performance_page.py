@@ -197,8 +197,10 @@ PICTURES = {
 
 def apart(results: Sequence[dict[str, Any]]) -> str:
     """How far losses of the sides were apart."""
-    split = {each["losses_apart"] for each in results if averages_means(Setup(**each["setup"]), each["micro"])}
-    same = {each["losses_apart"] for each in results} - split
+    same: list[float] = []
+    split: list[float] = []
+    for each in results:
+        (split if averages_means(Setup(**each["setup"]), each["micro"]) else same).append(each["losses_apart"])
     told = [f"the largest difference was {max(same):.1g}"] if same else []
     if split:
         told += [f"TPO's was {max(split):.1g} where TRL averages means over tokens over its microbatches"]

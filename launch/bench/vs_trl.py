@@ -36,7 +36,7 @@ SIDES = ("ours", "trl", "trl-best")
 WARM_UP = 2
 TRIED_STEPS = 3
 MICRO_BATCHES = (1, 2, 4, 8)
-TOLERANCE = 1e-3
+TOLERANCE = 1e-4
 """How far losses may be apart: float32 sums in another order, after some steps of both."""
 SPLIT_TOLERANCE = 0.01
 """The same, as a share, where TRL's loss depends on how a step is split into microbatches."""

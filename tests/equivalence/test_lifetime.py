@@ -116,8 +116,12 @@ def test_a_process_that_hangs_is_named(folder: Path):
     hanging = workers(run)[1]
     hanging.send_signal(signal.SIGSTOP)
     assert run.stdout is not None
+    output, said = "", ""
     try:
-        said = next(line for line in run.stdout if "no progress for" in line)
+        while "no progress for" not in said:
+            said = run.stdout.readline()
+            assert said, f"it ended without a word of who hangs:\n{output}"
+            output += said
     finally:
         hanging.send_signal(signal.SIGCONT)  # or the launcher would wait half a minute before it kills it
     run.communicate(timeout=120)

@@ -75,6 +75,8 @@ def test_where_trl_computes_another_loss_its_distance_is_told_apart():
     assert performance_page.apart(whole) == "the largest difference was 3e-06"
     told = performance_page.apart([*whole, one("tpo", 2, 0.02)])
     assert told.startswith("the largest difference was 3e-06; TPO's was 0.02 where")
+    both = performance_page.apart([one("hh", 1, 0.02), one("tpo", 2, 0.02)])
+    assert both.startswith("the largest difference was 0.02; TPO's was 0.02 where")
 
 
 def test_numbers_replace_older_ones_of_the_same_kind(tmp_path: Path):
