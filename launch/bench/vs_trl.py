@@ -196,7 +196,7 @@ def told(result: dict[str, Any]) -> str:
     ours = result["sides"]["ours"]["rows_per_second"][0]
     lines = [
         f"{setup}: {setup.batch} {result['rows']} rows a step, {setup.rounds} rounds; rows/s: median [least, most]; "
-        f"TRL at its best takes {result['micro']} rows at a time"
+        f"TRL at its best takes rows {result['micro']} at a time"
     ]
     for name, side in result["sides"].items():
         median, low, high = side["rows_per_second"]
@@ -208,7 +208,7 @@ def told(result: dict[str, Any]) -> str:
         )
     moved = max(result["losses"]) - min(result["losses"])
     lines.append(f"  losses moved by {moved:.2g}, and are at most {result['losses_apart']:.1g} apart")
-    tried = (f"{run['micro']} rows {run['seconds']:.1f} s {run['peak_mib']:,.0f} MiB" for run in result["tried"])
+    tried = (f"{run['micro']} at a time {run['seconds']:.1f} s {run['peak_mib']:,.0f} MiB" for run in result["tried"])
     return "\n".join([*lines, f"  TRL without checkpointing, a step: {', '.join(tried)}"])
 
 
