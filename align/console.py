@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -34,10 +35,12 @@ def many_imports() -> Iterator[None]:
 
 def quiet_libraries() -> None:
     """Keeps what libraries print about themselves out of the way of what a run has to say."""
+    # peft imports it where it is installed; on CPUs it misses a package that only 4-bit weights would gain by.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from align.engines import on_gpu
 
     if not on_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when imported; else DeepSpeed warns that it found no GPU
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    disable_progress_bar()

@@ -18,7 +18,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import rankdata
 
 from evals.bootstrap import bootstrapped, numbers_of
 from evals.measured import Measured, kept_prompts, own_prompts
@@ -263,6 +262,8 @@ def competition_ranks(scores: np.ndarray) -> np.ndarray:
     Args:
         scores: shape (…, response).
     """
+    from scipy.stats import rankdata  # a third of a second, which a run would begin with
+
     return (scores.shape[-1] + 1 - rankdata(scores, method="max", axis=-1)).astype(np.int64)
 
 

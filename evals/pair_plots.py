@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 import numpy as np
 from markupsafe import Markup, escape
-from scipy.stats import binom
 
 from evals.curves import show_number, show_share
 from evals.frame import WIDE, Frame, padded, svg
@@ -218,6 +217,8 @@ def _medians(frame: Frame, x: np.ndarray, y: np.ndarray) -> list[str]:
     """With the order statistics that hold the median of 95 of 100 samples."""
     if len(x) < 6 * GROUPS:
         return []
+    from scipy.stats import binom  # a third of a second, which a run would begin with
+
     parts: list[str] = []
     points: list[tuple[float, float]] = []
     for group in np.array_split(np.argsort(x, kind="stable"), GROUPS):

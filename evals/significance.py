@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.special import bdtr, ndtri, stdtr
-from scipy.stats import binom
 
 from evals.bootstrap import numbers_of
 from evals.ranking import mean_of
@@ -168,6 +167,8 @@ def mcnemar(first_only: int, second_only: int) -> tuple[float, float]:
         second_only: that only the second gets right, ≥ 0.
     """
     require("first_only and second_only", (first_only, second_only), min(first_only, second_only) >= 0, ">= 0")
+    from scipy.stats import binom  # a third of a second, which a run would begin with
+
     total, fewer = first_only + second_only, min(first_only, second_only)
     if total == 0:
         return 1.0, 1.0

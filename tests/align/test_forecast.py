@@ -458,7 +458,7 @@ def test_memory_is_forecast_within_15_percent(tmp_path: Path, adapter: bool):
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert (done.returncode, done.stderr) == (0, ""), "libraries said something that a run has to keep quiet"
     found = json.loads((tmp_path / "run" / "forecast.json").read_text())
     assert found["peak"] == pytest.approx(found["forecast"]["peak"], rel=0.15)
     assert found["forecast"]["padding"] == 0
