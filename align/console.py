@@ -35,7 +35,7 @@ def many_imports() -> Iterator[None]:
 
 def quiet_libraries() -> None:
     """Keeps what libraries print about themselves out of the way of what a run has to say."""
-    # peft imports it where it is installed; on CPUs it misses a package that only 4-bit weights would gain by.
+    # peft imports bitsandbytes where it is installed; on CPUs that misses a package which only 4-bit weights gain by.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from align.engines import on_gpu
 

@@ -4,10 +4,13 @@ SIGTERM   the step under way is finished, a checkpoint written, and the run ends
           clusters send it before they take a machine away
 silence   after ``train.ddp_timeout`` seconds without progress each process says which one it waited for, and in
           what, and ends with status 74: what waits inside a collective operation can't be told otherwise
+
+``leave`` is how one of several processes ends.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -16,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 SAVED = 75
 """Exit status after SIGTERM: a checkpoint is there, and the same command goes on from it."""
@@ -143,3 +146,23 @@ def watchdog(limit: float) -> Watchdog | None:
     # A connection of its own: the main thread may be waiting on the other.
     store = PrefixStore("align/alive", _get_default_store().clone())  # type: ignore[attr-defined]
     return Watchdog(dist.get_rank(), dist.get_world_size(), limit, store)
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process: at once where it has worked with others, after what was registered for its end.
+
+    A thread of gloo's may be the last to hold a tensor of the last collective operation. When it lets go of it while
+    Python takes itself apart, the process aborts (pytorch/pytorch#190489), and all that was done counts as failed.
+
+    Args:
+        status: its exit status.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_initialized():
+        sys.exit(status)
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as Python's own end does
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # whoever read it is gone
+            stream.flush()
+    os._exit(status)

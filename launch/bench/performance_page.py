@@ -188,6 +188,9 @@ Medians are over two rounds, of the steps after the first two: few, and the mach
 Useful tokens are response tokens plus prompts once. Rows that do not fit the model's 1,024 positions (512 for
 stories260k) are left out for all. Ours is what the command line does, which on CPUs keeps freed memory; that alone was
 an eighth of a 135m step (docs/log.md), and TRL leaves it to the user."""
+WHOLE_RUNS = """One epoch, from the start of the process to its end: imports, preparation,
+reference, steps, saving. Ours and TRL at its best have the reference of all rows before the first step;
+TRL's defaults pay for it in every step, and so take their first one sooner."""
 PICTURES = {
     "memory.svg": "Peak memory",
     "padding.svg": "Positions that hold no token, in percent",
@@ -224,11 +227,7 @@ def measured(found: dict[str, Any]) -> str:
     parts += [f"* **{name}**: {CASES[name]}" for name in CASES if name in named]
     parts += ["", "## Optimizer steps", "", "![Rows per second](plots/steps.svg)", "", *table(steps), ""]
     if whole:
-        parts += ["## Whole runs", "", "One epoch, from the start of the process to its end: imports, preparation,"]
-        parts += [
-            "reference, steps, saving. Ours and TRL at its best have the reference of all rows before the first step;"
-        ]
-        parts += ["TRL's defaults pay for it in every step, and so take their first one sooner.", ""]
+        parts += ["## Whole runs", "", WHOLE_RUNS, ""]
         parts += ["![Rows per second](plots/whole_runs.svg)", "", *table(whole), ""]
     parts += ["## Memory, padding, first step", ""]
     for name, title in PICTURES.items():

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from align.lifetime import HUNG, SAVED, Watchdog
+from align.lifetime import HUNG, SAVED, Watchdog, leave
 from align.saving import STARTED, alone_in
 from align.train import main
 from tests.equivalence.test_resume import after_a_crash, command, lines, same_lines
@@ -349,3 +349,50 @@ def test_a_disk_that_fills_up_under_two_processes(folder: Path, more: list[str])
     assert not list((folder / "run").glob("checkpoint-*"))
     assert main(command(folder, "run", "--resume_from_checkpoint=auto")) == 0
     assert (folder / "run" / "model.safetensors").is_file()
+
+
+LEAVING = """
+import atexit, sys, threading, time
+import torch
+import torch.distributed as dist
+
+from align.lifetime import leave
+
+rank, how = int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", init_method=sys.argv[1], rank=rank, world_size=2)
+time.sleep(rank)
+tensor = torch.ones(4)
+work = dist.all_reduce(tensor, async_op=True)
+del tensor, work  # now only gloo's thread has them
+if how == "leave":
+    atexit.register(print, "registered")
+    threading.Timer(0.1, print, ["waited for"]).start()
+sys.setswitchinterval(1000)  # that thread waits for Python from here on, until it is taken apart
+until = time.monotonic() + 2 - rank
+while time.monotonic() < until:
+    pass
+{"leave": leave, "exit": sys.exit}[how](7)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["leave", pytest.param("exit", marks=pytest.mark.all)])
+def test_a_process_that_leaves_others_does_not_abort(tmp_path: Path, how: str):
+    words = [sys.executable, "-c", LEAVING, f"file://{tmp_path}/meet"]
+    both = [
+        subprocess.Popen([*words, rank, how], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]
+    told = [each.communicate(timeout=120) for each in both]
+    status = [each.returncode for each in both]
+    if how == "exit":  # why leave() is needed: once torch has mended it, it can go
+        assert status[0] == -signal.SIGABRT
+        return
+    assert status == [7, 7], told
+    assert [each[0].splitlines() for each in told] == [["waited for", "registered"]] * 2
+    assert [each[1] for each in told] == ["", ""]
+
+
+def test_a_process_alone_leaves_as_any_other():
+    with pytest.raises(SystemExit, match="3"):
+        leave(3)
