@@ -22,7 +22,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: FORCE setup quickstart test test-all test-versions check bench bench_preparation bench_sampling bench_evaluation bench_doctor selection objectives promises recipe_costs mutants docs clean
+.PHONY: FORCE setup quickstart test test-all test-versions check types fast_tests bench bench_preparation bench_sampling bench_evaluation bench_doctor selection objectives promises recipe_costs mutants docs clean
 
 setup: $(READY)
 
@@ -50,7 +50,12 @@ test-versions: $(READY)
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync types fast_tests
+
+types: $(READY)
 	$(BIN)/pyright
+
+fast_tests: $(READY)
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not all"
 
 bench: $(READY)

@@ -38,6 +38,14 @@ MODULES = sorted(path for package in MAY_IMPORT for path in (REPOSITORY / packag
 every_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(REPOSITORY).as_posix())
 
 
+def test_shapes_are_checked_wherever_they_are_annotated(request: pytest.FixtureRequest):
+    checked = request.config.getoption("jaxtyping_packages").split(",")
+    for path in MODULES:
+        name = path.relative_to(REPOSITORY).with_suffix("").as_posix().replace("/", ".")
+        if "from jaxtyping import" in path.read_text() and not name.startswith("launch."):
+            assert any(f"{name}.".startswith(f"{each}.") for each in checked), f"{name}: see addopts in pyproject.toml"
+
+
 def imports(tree: ast.AST, package: str, *, inside: bool = False) -> Iterator[tuple[str, bool]]:
     """Top-level name of every import, and whether it stands inside a function."""
     for node in ast.iter_child_nodes(tree):
@@ -84,6 +92,7 @@ def test_the_walk_sees_what_is_forbidden(source, name, found):
     assert forbidden(source, name) == found
 
 
+@pytest.mark.slow
 def test_no_file_of_align_hides_another_module():
     """``accelerate launch align/train.py`` puts ``align/`` first on the path: ``align/data.py`` would be ``data``."""
     taken = {
@@ -111,6 +120,7 @@ def in_a_new_process(*words: str | Path, cwd: Path) -> subprocess.CompletedProce
     )
 
 
+@pytest.mark.slow
 def test_help_works_from_anywhere_and_loads_no_model_library(tmp_path):
     """A run's keys are looked up often; what takes seconds to import is not needed to print them."""
     done = in_a_new_process("-X", "importtime", REPOSITORY / "align" / "train.py", "--help", cwd=tmp_path)
@@ -122,6 +132,7 @@ def test_help_works_from_anywhere_and_loads_no_model_library(tmp_path):
     assert imported & {"transformers", "datasets", "accelerate", "peft", "pandas", "matplotlib"} == set()
 
 
+@pytest.mark.slow
 def test_a_misspelt_key_is_answered_before_any_model_library_is_loaded(tmp_path):
     words = ("--config", RECIPES[0], "--lerning_rate", "1e-6")
     done = in_a_new_process("-X", "importtime", REPOSITORY / "align" / "train.py", *words, cwd=tmp_path)
@@ -190,6 +201,7 @@ def repository_files() -> list[str]:
 MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:work|root)/\w")
 
 
+@pytest.mark.slow
 def test_no_file_names_a_place_on_somebodys_machine():
     found = []
     for name in repository_files():

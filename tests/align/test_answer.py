@@ -44,6 +44,7 @@ def answers(folder: Path, *words: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "output.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
@@ -72,6 +73,7 @@ def test_the_specification_s_example(stored: Path, words: list[str], wanted: lis
     assert ("1 where no answer was frequent enough" in said) == ("--alpha=0.5" in words)
 
 
+@pytest.mark.slow
 def test_every_selection_is_a_strategy(stored: Path):
     assert set(STRATEGIES.names()) == {*SELECTIONS.names(), "qalign"}
     for name in SELECTIONS.names():
@@ -91,6 +93,7 @@ def test_without_answers_every_response_is_its_own(tmp_path: Path, capsys):
     assert "majority counts equal answers, and no scorer finds answers" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_answers_that_are_written_differently_vote_together(tmp_path: Path):
     from dataclasses import replace
 
@@ -119,6 +122,7 @@ def world(folder: Path, number: int = 10) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_samples_scores_and_chooses(tmp_path: Path):
     words = [*world(tmp_path), "--n=8", "--scorers=gold"]
     assert main([*words, "--strategy=best_of_n"]) == 0
@@ -131,6 +135,7 @@ def test_samples_scores_and_chooses(tmp_path: Path):
     assert (tmp_path / "answers.samples.jsonl").stat().st_mtime_ns == drawn, "another strategy samples nothing anew"
 
 
+@pytest.mark.slow
 def test_qalign_leans_to_what_scores(tmp_path: Path):
     words = [*world(tmp_path), "--scorers=world_answer", "--seed=4"]
     share = {}
@@ -144,6 +149,7 @@ def test_qalign_leans_to_what_scores(tmp_path: Path):
     assert share[0.2] > share[100.0] + 0.15
 
 
+@pytest.mark.slow
 def test_a_response_without_a_score_ends_no_chain(tmp_path: Path, capsys):
     """Its state is left as soon as possible, and counted."""
     (tmp_path / "mine.py").write_text(
@@ -154,6 +160,7 @@ def test_a_response_without_a_score_ends_no_chain(tmp_path: Path, capsys):
     assert "responses have no score" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_qalign_at_high_beta_is_plain_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Nothing is rejected but for lengths, so states are draws from the model: their answers are distributed alike."""
     words = world(tmp_path, 1)
@@ -216,6 +223,7 @@ def test_strategies_that_can_t_be_meant(words: list[str], says: str):
         read_answer(None, ["--answer.output=a", "--model_name_or_path=m", "--dataset_name=d", *words])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "says"),
     [

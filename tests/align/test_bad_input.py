@@ -131,6 +131,7 @@ def assert_says(told: str, parts: list[str]) -> None:
         at = found + len(part)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [pytest.param(c, id=f"{kind}: {c.name}") for kind, cs in TABLE.items() for c in cs])
 def test_one_sentence(
     case: Case, folder: Path, template: Path, loaded: list[Any], capsys: pytest.CaptureFixture[str]
@@ -152,6 +153,7 @@ def test_the_table_is_long_enough() -> None:
     assert len(names) == len(set(names)) >= 40
 
 
+@pytest.mark.slow
 def test_the_exit_status_reaches_the_shell(folder: Path) -> None:
     words = [sys.executable, str(REPOSITORY / "align" / "train.py"), *command("--lerning_rate 1e-6")]
     ended = subprocess.run(words, capture_output=True, text=True, check=False)
@@ -178,6 +180,7 @@ def refusal(words: list[str]) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", KEYS)
 def test_no_value_of_a_key_ends_in_a_traceback(key: str) -> None:
     base = [f"{name}={value}" for name, value in BASE.items() if not name.endswith(key.rpartition(".")[2] or "?")]
@@ -187,6 +190,7 @@ def test_no_value_of_a_key_ends_in_a_traceback(key: str) -> None:
 NAMED_KEYS = [(kind, name) for kind, registry in NAMED.items() for name in registry.names()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), NAMED_KEYS, ids=lambda each: each)
 def test_no_value_of_an_entry_s_key_ends_in_a_traceback(kind: str, name: str) -> None:
     """Nor in a sentence that does not name the key, or the section where it is about several keys."""
@@ -202,6 +206,7 @@ class Loads(Exception):  # noqa: N818  # no fault: the run went on
     """Raised in the place of loading a model."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "words", "note"),
     [
@@ -261,6 +266,7 @@ def test_text_on_the_command_line_stays_text() -> None:
     assert read.data.dataset_config is None
 
 
+@pytest.mark.slow
 def test_a_tracker_that_is_not_installed(
     folder: Path, loaded: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -270,6 +276,7 @@ def test_a_tracker_that_is_not_installed(
     assert not loaded
 
 
+@pytest.mark.slow
 def test_a_package_that_an_optimizer_lacks(
     folder: Path, loaded: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -285,6 +292,7 @@ def test_a_package_that_an_optimizer_lacks(
 # ---- disks ----
 
 
+@pytest.mark.slow
 def test_no_space_for_what_the_run_will_write(
     folder: Path, loaded: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -304,6 +312,7 @@ def test_no_room_for_the_cache(
     assert not loaded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [
@@ -337,6 +346,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written(
     assert main(command(f"{words} --resume_from_checkpoint last")) == 0
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_at_the_end(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -348,6 +358,7 @@ def test_a_disk_that_fills_up_at_the_end(
     assert_says(sentence(capsys), ["no space left in run", "free some", "start again with --overwrite_output_dir"])
 
 
+@pytest.mark.slow
 def test_overwriting_leaves_what_no_run_wrote(folder: Path, template: Path) -> None:
     """A former version deleted the whole folder."""
     shutil.copytree(template / "run", "run")
@@ -374,6 +385,7 @@ def mark_row(row: int) -> None:
     write_rows(Path("rows.jsonl"), rows)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_names_the_row_and_updates_nothing(
     folder: Path, loaded: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -396,6 +408,7 @@ def test_a_loss_that_is_no_number_names_the_row_and_updates_nothing(
         torch.testing.assert_close(stored, parameter.data, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.slow
 def test_weights_that_fail_for_one_row_are_found_in_the_first_step(
     folder: Path, loaded: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -407,6 +420,7 @@ def test_weights_that_fail_for_one_row_are_found_in_the_first_step(
     assert torch.equal(stored, loaded[0].lm_head.weight.data)
 
 
+@pytest.mark.slow
 def test_a_reference_that_is_no_number_names_the_row(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mark_row(5)
     change_weights(lambda weights: poison(weights["model.embed_tokens.weight"]))()

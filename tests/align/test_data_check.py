@@ -18,6 +18,7 @@ pytest.importorskip("rensa", reason="near duplicates take the package rensa")
 BASE = ["--model_name_or_path=model", "--dataset_name=rows.jsonl", "--output_dir=run", "--objective=dpo"]
 
 
+@pytest.mark.slow
 def test_a_run_with_filters_and_a_check(folder, monkeypatch, capsys):
     """What the filters removed is counted in the report; what is left is what the doctor saw; the recipe reads back."""
     monkeypatch.chdir(folder)

@@ -99,6 +99,7 @@ def run_of(folder: Path, *keys: str) -> Run:
     return built(recipe_for(folder, folder / "model", rows, *bco, *keys))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "separate"])
 def test_policy_embeddings_are_mean_hidden_states_of_prompts(folder: Path, share: bool):
     run = run_of(folder)

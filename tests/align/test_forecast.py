@@ -64,6 +64,7 @@ def traced(layers: int = 2, make: Any = full, *, dtype: torch.dtype = torch.floa
     return by_layers(shape(layers), partial(trace, batch=packed(), make=make, dtype=dtype, **options))
 
 
+@pytest.mark.slow
 def test_arithmetic_by_hand():
     """Two operations for each weight and position; the head at responses alone; QKᵀ and PV of what a segment sees."""
     batch = packed()
@@ -79,6 +80,7 @@ def test_arithmetic_by_hand():
     assert found.total_flops == pytest.approx(3 * wanted + again, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "again"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layers_are_extrapolated_exactly(dtype: torch.dtype, checkpointing: bool):
@@ -92,6 +94,7 @@ def test_layers_are_extrapolated_exactly(dtype: torch.dtype, checkpointing: bool
 OF_LAYER = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "again"])
 def test_autocast_has_copies_of_all_weights_until_the_forward_pass_ends(checkpointing: bool):
     """Two bytes for each weight of every layer and of the head, also where activations are computed again: then the
@@ -104,6 +107,7 @@ def test_autocast_has_copies_of_all_weights_until_the_forward_pass_ends(checkpoi
         assert copied.backward - without.backward == 2 * OF_LAYER
 
 
+@pytest.mark.slow
 def test_what_an_adapter_and_checkpointing_save():
     plain, adapter, again = traced(6), traced(6, with_adapter), traced(6, checkpointing=True)
     assert plain.trained == plain.parameters
@@ -114,6 +118,7 @@ def test_what_an_adapter_and_checkpointing_save():
     assert again.total_flops > 1.25 * plain.total_flops
 
 
+@pytest.mark.slow
 def test_looking_ahead_draws_no_random_numbers():
     torch.manual_seed(3)
     with without_random_numbers():
@@ -194,6 +199,7 @@ def words(folder: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_plan_tells_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """No weight is read and no folder is made."""
     save_model(tmp_path / "model")
@@ -213,6 +219,7 @@ def test_positions_that_fit_by_hand():
     assert replace(AHEAD, memory=memory).fitting() == 500
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "checkpointing", "device"),
     [("float32", False, "cpu"), ("bfloat16", False, "cuda"), ("bfloat16", True, "cpu"), ("lora", True, "cuda")],
@@ -242,6 +249,7 @@ def test_rows_are_extrapolated_exactly(
     assert copied <= none.forward < 1.3 * copied + 1e4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "share"), [("single", 1), ("ddp", 2), ("zero1", 1), ("zero2", 0.25), ("zero3", 0.25), ("fsdp2", 0.25)]
 )
@@ -261,6 +269,7 @@ def test_gradients_by_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, en
     assert passes - before == pytest.approx((share - 1) * gradients)
 
 
+@pytest.mark.slow
 def test_a_tenth_of_a_gpu_stays_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Nothing runs on it here. 10 of 80 GB are taken, and a chunk of the head is eight times a CPU's."""
     save_model(tmp_path / "model")
@@ -287,6 +296,7 @@ def test_measuring_leaves_a_gpu_as_it_was(monkeypatch: pytest.MonkeyPatch):
     assert emptied
 
 
+@pytest.mark.slow
 def test_the_budget_is_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """With auto; a number is taken as it is, with a warning. Losses are the same either way."""
     save_model(tmp_path / "model", hidden_size=256, intermediate_size=1024, num_hidden_layers=6)
@@ -315,6 +325,7 @@ def test_the_budget_is_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "warning: that is more memory than there is" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_activations_are_computed_again_where_they_do_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -371,6 +382,7 @@ def test_when_activations_are_computed_again(
     assert (found.checkpointing, found.chosen) == (chosen, chosen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mamba", *CONFIGS])
 def test_every_architecture_is_told_beforehand(tmp_path: Path, name: str):
     """Those without attention included: sequences are then separate, as they will be in training."""
@@ -388,6 +400,7 @@ def test_every_architecture_is_told_beforehand(tmp_path: Path, name: str):
     assert ("own copy of the prompt" in ahead.lines()[0]) == (name == "mamba")
 
 
+@pytest.mark.slow
 def test_experts_arithmetic_by_hand():
     """Every token goes through two of four experts, each three products of 32 by 48, and the router."""
     with_experts = CONFIGS["mixtral-experts"]()
@@ -414,6 +427,7 @@ def waits_for_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LlamaModel, "forward", forward)
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_traced_is_trained_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -427,6 +441,7 @@ def test_a_model_that_cannot_be_traced_is_trained_all_the_same(
     assert "forecast: not possible for this model (" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_model_without_attention_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

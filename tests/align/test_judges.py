@@ -314,6 +314,7 @@ def test_a_second_run_asks_nothing(server: JudgeServer, tmp_path: Path):
     assert len(server.bodies) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys",
     [{"model": "k"}, {"rubric": "x"}, {"temperature": 0.1}, {"max_tokens": 9}, {"extra_body": {"seed": 1}},
@@ -376,6 +377,7 @@ def test_wherever_a_kill_cuts_the_file_what_is_whole_is_read(cut: int, tmp_path_
 # ---- an endpoint that misbehaves ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [429, 500, 503, 529, 408, "garbage", "empty", "close"])
 def test_what_passes_is_waited_for(fault: int | str):
     with JudgeServer(faults=(fault, fault)) as server:
@@ -384,6 +386,7 @@ def test_what_passes_is_waited_for(fault: int | str):
     assert len(server.bodies) == 4
 
 
+@pytest.mark.slow
 def test_a_slow_answer_is_given_up_and_asked_for_again():
     with JudgeServer(faults=("slow",)) as server:
         judge = Judge(model="j", base_url=server.base_url, concurrency=1, timeout=0.3)
@@ -391,6 +394,7 @@ def test_a_slow_answer_is_given_up_and_asked_for_again():
         assert len(server.bodies) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("written", ["0.6", "date"])
 def test_retry_after_is_honoured(written: str):
     headers = {"Retry-After": written}
@@ -426,6 +430,7 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_what_waits_for_a_busy_endpoint(interruptible: None, monkeypatch: pytest.MonkeyPatch):
     """Threads that wait a minute would keep the process, and what it has started, for as long."""
     monkeypatch.setattr(completions, "FIRST_WAIT", 60.0)
@@ -496,6 +501,7 @@ def test_a_wrong_path_stops():
         judged(Judge(model="j", base_url=server.base_url + "/api"), chat("?", ["a!", "b"]))
 
 
+@pytest.mark.slow
 def test_requests_are_paced_and_side_by_side():
     def slowly(body: dict[str, Any]) -> str:
         time.sleep(0.1)

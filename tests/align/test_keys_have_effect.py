@@ -213,6 +213,7 @@ def recipe(*words: str) -> dict[str, Entry]:
     return {kind: getattr(read, field)[-1] for kind, field in KINDS.items() if getattr(read, field)}
 
 
+@pytest.mark.slow
 def test_no_key_was_forgotten() -> None:
     """Every key of everything registered is changed, by itself, from a run in which it is not idle."""
     changed = set()

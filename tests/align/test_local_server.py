@@ -49,6 +49,7 @@ def judge(model: str, **keys: Any) -> Judge:
 # ---- a server that works ----
 
 
+@pytest.mark.slow
 def test_a_judge_has_a_server_of_its_own_for_as_long_as_it_is_asked(stand_ins: StandIns, model: str):
     with closing(judge(model, engine_args={"max_model_len": 4096})) as asked:
         assert stand_ins.started == [], "nothing is asked yet"
@@ -63,6 +64,7 @@ def test_a_judge_has_a_server_of_its_own_for_as_long_as_it_is_asked(stand_ins: S
     assert stand_ins.logs == []
 
 
+@pytest.mark.slow
 def test_what_was_said_is_known_without_a_server(stand_ins: StandIns, model: str, tmp_path: Path):
     """Replies belong to the model: not to its port, its place on disk or the share of memory it may take."""
     with closing(judge(model)) as asked:
@@ -83,6 +85,7 @@ def test_what_was_said_is_known_without_a_server(stand_ins: StandIns, model: str
     assert len({each.fingerprint() for each in changed}) == 2
 
 
+@pytest.mark.slow
 def test_judges_of_one_model_share_a_server(stand_ins: StandIns, model: str, tmp_path: Path):
     kind, strict = judge(model, rubric="Be kind."), judge(model, rubric="Be strict.")
     other = judge(str(save_model(tmp_path / "other", seed=3)))
@@ -99,6 +102,7 @@ def test_judges_of_one_model_share_a_server(stand_ins: StandIns, model: str, tmp
     assert stand_ins.alive == []
 
 
+@pytest.mark.slow
 def test_ports_are_kept_and_given_back(stand_ins: StandIns, model: str):
     server = LocalServer(Served(model=model), limit=60)
     port = int(server.address.rsplit(":", 1)[1])
@@ -110,6 +114,7 @@ def test_ports_are_kept_and_given_back(stand_ins: StandIns, model: str):
         other.bind(("127.0.0.1", port))
 
 
+@pytest.mark.slow
 def test_nobody_else_is_answered_and_no_proxy_is_asked(
     stand_ins: StandIns, model: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -126,6 +131,7 @@ def test_nobody_else_is_answered_and_no_proxy_is_asked(
             stranger([ASKED])
 
 
+@pytest.mark.slow
 def test_scores_from_the_command_line(stand_ins: StandIns, model: str, tmp_path: Path):
     samples, output = write_samples(tmp_path / "samples.jsonl", [ASKED]), tmp_path / "scores.jsonl"
     scorer = f"{{name: judge, model: {model}, engine: vllm, engine_args: {{max_num_seqs: 8}}}}"
@@ -139,6 +145,7 @@ def test_scores_from_the_command_line(stand_ins: StandIns, model: str, tmp_path:
 # ---- servers that don't ----
 
 
+@pytest.mark.slow
 def test_one_that_dies_at_its_start_says_why(stand_ins: StandIns, model: str):
     stand_ins.do("die")
     with closing(judge(model)) as asked, pytest.raises(RunError) as error:
@@ -152,6 +159,7 @@ def test_one_that_dies_at_its_start_says_why(stand_ins: StandIns, model: str):
     assert stand_ins.alive == []
 
 
+@pytest.mark.slow
 def test_one_that_is_never_ready_is_given_up(stand_ins: StandIns, model: str):
     stand_ins.do("mute")
     began = time.monotonic()
@@ -169,6 +177,7 @@ def test_one_that_is_never_ready_is_given_up(stand_ins: StandIns, model: str):
         assert [each.score for each in asked([ASKED])] == SCORES
 
 
+@pytest.mark.slow
 def test_one_that_crashes_is_told_and_what_was_judged_is_kept(stand_ins: StandIns, model: str):
     stand_ins.do("crash")
     with (
@@ -187,6 +196,7 @@ def test_one_that_crashes_is_told_and_what_was_judged_is_kept(stand_ins: StandIn
         assert len(cache.read_text().splitlines()) == 6
 
 
+@pytest.mark.slow
 def test_a_fault_of_ours_stops_it_too(stand_ins: StandIns, model: str, monkeypatch: pytest.MonkeyPatch):
     def fails(*_: Any) -> None:
         raise ZeroDivisionError
@@ -211,6 +221,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["end", signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=str)
 def test_nothing_outlives_its_owner(how: signal.Signals | str, stand_ins: StandIns, model: str):
     """Which gives nothing back here, and while another process of its holds all that it has open."""

@@ -131,6 +131,7 @@ def test_the_last_complete_box_counts():
     assert boxed("no box") is None
 
 
+@pytest.mark.slow
 def test_scores_and_answers_of_a_group(scorer: Math):
     texts = [r"\boxed{0.5}", "The answer is 1/2.", r"\boxed{\frac{2}{3}}", "I can't tell.", r"\boxed{(((}"]
     found = scorer([chat("What is half of one?", texts, {"answer": "1/2"})])
@@ -141,6 +142,7 @@ def test_scores_and_answers_of_a_group(scorer: Math):
     assert not scorer.equal("1/3", "0.3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "right", [12, 12.0, "12", "$12$", r"\boxed{12}", "3 · 4 is twelve.\n#### 12", ["eleven", "12"], "12 apples"]
 )
@@ -154,6 +156,7 @@ def test_a_row_without_right_answer_has_no_score(scorer: Math):
     assert (found.score, found.reason) == (None, "no right answer in the column answer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [r"\boxed{9^{9^{9^{9}}}}", "So it is 9**9**9**9, I think."])
 def test_what_never_ends_is_ended_and_the_next_is_scored(text: str):
     """A power of this size is one step for Python: no signal interrupts it. Nor need this be the main thread."""
@@ -173,6 +176,7 @@ def test_what_never_ends_is_ended_and_the_next_is_scored(text: str):
     assert found[0].reason in ("took longer than 1.5 s", "ran out of memory")
 
 
+@pytest.mark.slow
 def test_what_happens_in_a_process_stays_there():
     pool = Pool("tests.align.calls", seconds=20, number=2)
     calls = [("double", (4,)), ("fail", ()), ("end", ()), ("fill", ()), ("talk", ()), ("double", (5,))]
@@ -185,6 +189,7 @@ def test_what_happens_in_a_process_stays_there():
     assert found[4:] == ["said", 10]
 
 
+@pytest.mark.slow
 def test_results_come_in_order():
     pool = Pool("tests.align.calls", seconds=20, number=2)
     assert pool.map("double", [(i,) for i in range(20)]) == [2 * i for i in range(20)]

@@ -21,6 +21,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc")
 def test_blocks_are_not_mapped_anew():
     """64 MiB are 16,384 pages of 4 KiB, which a block that is mapped anew costs each of twelve times."""

@@ -140,6 +140,7 @@ def toy_rewards(responses: list[tuple[int, Sequence[int]]]) -> list[float]:
     return [toy_reward(response) for _, response in responses]
 
 
+@pytest.mark.slow
 def test_the_sampler_s_own_chains_reach_the_target():
     """3,000 independent chains: where they end is a sample of π*, by chi-square, and none of what differs from it."""
     sampler = ToySampler(1)
@@ -171,6 +172,7 @@ def accepted(accept: Callable[[float, float, float, int, int], float]) -> np.nda
     )
 
 
+@pytest.mark.slow
 def test_one_long_chain_spends_its_time_as_the_target_says():
     """Over time, too: one chain of 20,000 steps, whose states depend on each other, within 0.02 for each response."""
     (((chain),),) = qalign(ToySampler(3), toy_rewards, [[7]], steps=20_000, beta=BETA, t_max=LONGEST, burn_in=20)

@@ -30,6 +30,7 @@ def wide(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_an_adapter_on_quantized_weights(wide: Path, bits: int):
     assert main(command(wide, "run", f"--load_in_{bits}bit", "--lora.r=4", **KEYS)) == 0
@@ -51,6 +52,7 @@ def test_weights_are_in_four_bits(wide: Path):
     assert kinds["model.embed_tokens.weight"] == torch.float32
 
 
+@pytest.mark.slow
 def test_the_reference_of_another_precision_is_another_one(wide: Path, capsys: pytest.CaptureFixture[str]):
     """What is cached under whole weights is not read under quantized ones."""
     assert main(command(wide, "whole", "--lora.r=4", **KEYS)) == 0
@@ -59,6 +61,7 @@ def test_the_reference_of_another_precision_is_another_one(wide: Path, capsys: p
     assert "reference: 38 of 38 rows" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_merged_export_is_the_adapter_on_its_base(wide: Path):
     assert main(command(wide, "run", "--lora.r=4", **KEYS)) == 0
     assert export.main([str(wide / "run"), str(wide / "merged"), "--merge"]) == 0
@@ -93,6 +96,7 @@ def test_exports_that_make_no_sense(
     assert not (folder / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_optimizer_with_state_in_8_bits(folder: Path):
     for optim in ("adamw_torch", "adamw_8bit"):
         assert main(command(folder, optim, f"--optim={optim}", **KEYS)) == 0

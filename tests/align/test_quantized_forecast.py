@@ -44,6 +44,7 @@ def tensors(value: Any) -> list[torch.Tensor]:
     return found if scales is None else [*found, scales]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", SIZES)
 def test_bytes_are_those_of_the_quantized_model(tmp_path: Path, kind: str, size: str):
@@ -74,6 +75,7 @@ def words(folder: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_layers_of_the_skeleton_with_an_adapter_are_the_same(tmp_path: Path):
     """Seven layers are known from one and two; the adapter's own weights are not quantized."""
     save_model(tmp_path / "model", hidden_size=64, intermediate_size=128, num_hidden_layers=7)
@@ -87,6 +89,7 @@ def test_layers_of_the_skeleton_with_an_adapter_are_the_same(tmp_path: Path):
     assert ahead.memory["weights"] == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_memory_is_less_in_fewer_bits_and_the_budget_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     save_model(tmp_path / "model", hidden_size=256, intermediate_size=1024, num_hidden_layers=4)
     table = random_table(("chosen", "rejected"), rows=8)
@@ -111,6 +114,7 @@ def test_memory_is_less_in_fewer_bits_and_the_budget_is_chosen(tmp_path: Path, m
     assert look_ahead(recipe, load_config(recipe.model), table).most is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_architecture_says_which_layers_are_quantized(tmp_path: Path, name: str):
     """As transformers decides when it loads the model."""

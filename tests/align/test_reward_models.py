@@ -41,6 +41,7 @@ def train(rows: Path, run: Path, *words: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_reward_model_learns_what_transformers_computes(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Pairs become ranked, and the saved model scores as the trained one did: plain text plus the end token."""
     monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
@@ -76,6 +77,7 @@ def _table(prompts: list[str], tokenizer: Any) -> TokenTable:
     return TokenTable(ids(prompts), {"chosen": ids(first), "rejected": ids(second)})
 
 
+@pytest.mark.slow
 def test_an_adapter_trains_its_head_in_full(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
     lines = train(rows, tmp_path / "run", "--objective.name=bradley_terry", "--lora.r=4", "--max_steps=20")
@@ -90,6 +92,7 @@ def test_an_adapter_trains_its_head_in_full(rows: Path, tmp_path: Path, monkeypa
     )
 
 
+@pytest.mark.slow
 def test_regression_first_then_scaled_preferences(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """HelpSteer2's recipe: the second run goes on from the first one's head, and says so."""
     monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
@@ -104,6 +107,7 @@ def test_regression_first_then_scaled_preferences(rows: Path, tmp_path: Path, mo
     assert head.config.id2label == {0: "score"}
 
 
+@pytest.mark.slow
 def test_the_end_token_does_not_pad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Where it did, transformers would read the reward one token too early."""
     monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
@@ -116,6 +120,7 @@ def test_the_end_token_does_not_pad(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         saved(input_ids=torch.ones(2, 4, dtype=torch.long))
 
 
+@pytest.mark.slow
 def test_ratings_that_are_missing_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
     rated = [
@@ -158,6 +163,7 @@ def test_what_makes_no_sense_is_refused(
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_reward_model_is_no_policy(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

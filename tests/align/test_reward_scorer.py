@@ -79,6 +79,7 @@ def alone(model: RewardModel, groups: list[Group]) -> list[float | None]:
     return found
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_the_batch(run: Path, asked: list[Group]):
     together = scores(RewardModel(model=str(run)), asked)
     assert len(set(together)) > 10
@@ -90,6 +91,7 @@ def test_scores_do_not_depend_on_the_batch(run: Path, asked: list[Group]):
     )
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_training_s_text(run: Path, asked: list[Group]):
     """Template, response, one end token; nothing after it, though the template writes a newline."""
     model = AutoModelForSequenceClassification.from_pretrained(run)
@@ -105,6 +107,7 @@ def test_scores_are_those_of_training_s_text(run: Path, asked: list[Group]):
     assert scores(RewardModel(model=str(run)), asked) == pytest.approx(expected, **SAME)
 
 
+@pytest.mark.slow
 def test_it_ranks_as_it_was_trained_to(run: Path):
     """Of the pairs it learned: what is scored is the response, not the prompt alone."""
     some = problems("train", 48)
@@ -117,6 +120,7 @@ def test_it_ranks_as_it_was_trained_to(run: Path):
     assert sum(right) > 0.8 * len(right) > 30
 
 
+@pytest.mark.slow
 def test_an_adapter_brings_its_base(tmp_path: Path, asked: list[Group]):
     run = _trained(tmp_path, tmp_path / "adapter", "--lora.r=4")
     assert not (run / "config.json").exists()
@@ -163,6 +167,7 @@ def test_absolute_positions(run: Path, tmp_path: Path, asked: list[Group]):
     assert alone(RewardModel(model=str(tmp_path)), asked) == pytest.approx(together, **SAME)
 
 
+@pytest.mark.slow
 def test_others_models_read_what_the_template_writes(run: Path, tmp_path: Path, asked: list[Group]):
     shutil.copytree(run, tmp_path / "other")
     (tmp_path / "other" / "recipe.yaml").unlink()
@@ -236,6 +241,7 @@ def test_an_empty_response_has_no_score(run: Path):
     assert found[1].score is not None
 
 
+@pytest.mark.slow
 def test_16_bits_are_near_32(run: Path, asked: list[Group]):
     exact = scores(RewardModel(model=str(run)), asked)
     short = scores(RewardModel(model=str(run), dtype="bfloat16"), asked)

@@ -55,6 +55,7 @@ def sampled(folder: Path, *words: str, output: str = "samples.jsonl") -> list[st
     return list(stored.read(command.run(job(folder, *words, output=output), say=lines.append)))
 
 
+@pytest.mark.slow
 def test_each_prompt_once_in_the_dataset_s_order(world: Path):
     groups = sampled(world, "--keep=[answer]")
     assert [group.samples[0].row for group in groups] == list(range(12))
@@ -70,6 +71,7 @@ def test_each_prompt_once_in_the_dataset_s_order(world: Path):
     assert "</s>" not in sample.text
 
 
+@pytest.mark.slow
 def test_log_probs_are_the_model_s(world: Path):
     """At temperature 1 over all tokens, whatever they were drawn with; the end token counts."""
     groups = sampled(world, "--temperature=0.5", "--top_k=5", "--top_p=0.9")
@@ -86,6 +88,7 @@ def test_log_probs_are_the_model_s(world: Path):
             assert (sample.token_ids[-1] == tokenizer.eos_token_id) == (sample.finish_reason == "stop")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys", [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.1, "temperature": 1.5}], ids=str
 )
@@ -107,6 +110,7 @@ def test_tokens_are_drawn_from_the_distribution_asked_for(tmp_path: Path, keys: 
         assert abs(counts[token] - 4000 * probability) <= 5 * spread + 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.5, 0.2, 1.0])
 def test_the_geometric_mixture_of_two_models(tmp_path: Path, share: float):
     """First and second tokens of 4,000 samples against softmax(c·second + (1 − c)·first), found without a cache."""
@@ -152,6 +156,7 @@ def agree(counts: Counter[int], wanted: np.ndarray, number: int) -> None:
         assert abs(counts[token] - number * probability) <= 5 * spread + 2
 
 
+@pytest.mark.slow
 def test_a_mixture_is_told_from_its_parts(world: Path):
     save_model(world / "other")
     with pytest.raises(RunError, match="has another vocabulary than the model"):
@@ -184,6 +189,7 @@ def probabilities(logits: np.ndarray, how: Sampling) -> np.ndarray:
     return p / p.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [0.0, 0.1, 0.35, 0.5, 0.77, 0.999])
 def test_a_kill_loses_and_repeats_nothing(world: Path, cut: float):
     """Wherever the file ends, what is written afterwards makes it the file of an undisturbed run."""
@@ -197,6 +203,7 @@ def test_a_kill_loses_and_repeats_nothing(world: Path, cut: float):
             assert replace(a, logprob=None) == replace(b, logprob=None)
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_left_alone(world: Path):
     sampled(world)
     before = (world / "samples.jsonl").stat().st_mtime_ns
@@ -206,6 +213,7 @@ def test_what_is_finished_is_left_alone(world: Path):
     assert any("12 prompts are there already, 0 are missing" in line for line in said)
 
 
+@pytest.mark.slow
 def test_samples_depend_on_nothing_but_prompt_and_seed(world: Path):
     """Neither on the other prompts, nor on the shard; shards together are the whole."""
     whole = {group.prompt_id: [s.token_ids for s in group.samples] for group in sampled(world)}
@@ -216,6 +224,7 @@ def test_samples_depend_on_nothing_but_prompt_and_seed(world: Path):
     assert other != whole
 
 
+@pytest.mark.slow
 def test_prompts_of_every_kind_of_dataset(tmp_path: Path):
     turn = [{"role": "user", "content": "How many?"}]
     answer = [{"role": "assistant", "content": "Two."}]
@@ -250,6 +259,7 @@ def test_a_stop_text_that_the_prompt_ends_with_stops_nothing(world: Path):
     assert [each.token_ids for each in found] == [each.token_ids for each in plain]
 
 
+@pytest.mark.slow
 def test_stop_texts_end_a_response(world: Path):
     groups = sampled(world, "--stop=['. The answer']", "--max_tokens=60")
     samples = [sample for group in groups for sample in group.samples]
@@ -258,6 +268,7 @@ def test_stop_texts_end_a_response(world: Path):
     assert any("=" in sample.text for sample in samples)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_sampled_as_its_merged_weights_are(world: Path):
     save_adapter(world / "adapter")
     with_adapter = sampled(world, f"--adapter_name_or_path={world / 'adapter'}")
@@ -287,6 +298,7 @@ def save_adapter(folder: Path, base: Path = POLICY, **keys: Any) -> None:
 # ---- what is refused ----
 
 
+@pytest.mark.slow
 def test_a_file_of_other_settings_is_not_gone_on_with(world: Path):
     sampled(world)
     with pytest.raises(RunError, match=r"sampling.temperature \(1.0 there, 0.7 now\).* --overwrite"):
@@ -308,6 +320,7 @@ def test_two_processes_do_not_write_one_file(world: Path):
         sampled(world)
 
 
+@pytest.mark.slow
 def test_prompts_that_leave_no_room_are_counted(world: Path):
     rows = [json.loads(line) for line in (world / "prompts.jsonl").read_text().splitlines()]
     rows.insert(1, {"prompt": [{"role": "user", "content": "How many? " * 400}], "answer": 1})
@@ -399,6 +412,7 @@ def test_an_adapter_of_another_base_is_refused(world: Path):
     refuse_other_base(read_adapter(str(world / "adapter")), str(world / "other"))
 
 
+@pytest.mark.slow
 def test_adapters_that_vllm_can_t_use_are_refused(world: Path):
     save_adapter(world / "plain")
     assert adapter_rank(read_adapter(str(world / "plain"))) == 8
@@ -431,6 +445,7 @@ def test_without_vllm_that_is_said(world: Path, monkeypatch: pytest.MonkeyPatch)
     assert sum("vLLM is not installed: sampling with transformers" in line for line in said) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "says"),
     [
@@ -532,6 +547,7 @@ def serve(folder: Path, server: Server, *words: str) -> list[stored.Group]:
     return sampled(folder, "--engine=server", f"--base_url={server.url}/v1", *words)
 
 
+@pytest.mark.slow
 def test_a_server_is_asked_for_exactly_this_sampling(world: Path):
     with Server(str(POLICY)) as server:
         groups = serve(world, server, "--temperature=0.7", "--top_p=0.9", "--min_p=0.01", "--top_k=40")
@@ -545,6 +561,7 @@ def test_a_server_is_asked_for_exactly_this_sampling(world: Path):
     assert sorted(body["prompt"] for body in server.asked if body["max_tokens"] > 1) == sorted(prompts)
 
 
+@pytest.mark.slow
 def test_log_probs_after_temperature_are_not_taken_for_the_model_s(world: Path):
     with Server(str(POLICY)) as server:
         server.best = 0.0  # what a server says of the only token that is left
@@ -554,11 +571,13 @@ def test_log_probs_after_temperature_are_not_taken_for_the_model_s(world: Path):
     assert {sample.logprob for group in plain for sample in group.samples} == {-3.5}
 
 
+@pytest.mark.slow
 def test_a_server_in_trouble_is_asked_again(world: Path):
     with Server(str(POLICY), troubles=[500, 429, "hang up", 503]) as server:
         assert len(serve(world, server)) == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trouble", "says"),
     [
@@ -589,6 +608,7 @@ def test_nothing_there_is_one_sentence(world: Path):
         sampled(world, "--engine=server", "--base_url=http://127.0.0.1:1/v1")
 
 
+@pytest.mark.slow
 def test_a_server_of_other_weights_is_refused(world: Path):
     save_model(world / "other")
     with (
@@ -600,6 +620,7 @@ def test_a_server_of_other_weights_is_refused(world: Path):
         serve(world, server, "--served_model_name=mine")
 
 
+@pytest.mark.slow
 def test_a_server_s_key_comes_from_a_variable(world: Path):
     with Server(str(POLICY)) as server, pytest.raises(RunError, match="the variable NO_SUCH_KEY is not set"):
         serve(world, server, "--api_key_env=NO_SUCH_KEY")

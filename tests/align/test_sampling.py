@@ -43,6 +43,7 @@ def asked_for(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return seen
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_samples(policy: tuple[Any, Any]):
     how = Sampling(n=3, max_tokens=24, seed=5)
     first = sample(*policy, PROMPTS, how)
@@ -65,6 +66,7 @@ def test_sampling_disturbs_nothing(policy: tuple[Any, Any]):
     assert not model.training
 
 
+@pytest.mark.slow
 def test_a_batch_changes_no_greedy_answer(policy: tuple[Any, Any]):
     """Prompts of other lengths beside it pad a prompt on the left; answers come back in the order of their prompts."""
     together = sample(*policy, PROMPTS, GREEDY)

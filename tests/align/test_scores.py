@@ -251,6 +251,7 @@ def test_scored_again_nothing_happens(tmp_path: Path):
     assert output.read_bytes().startswith(before)
 
 
+@pytest.mark.slow
 @given(cut=st.floats(0, 1))
 def test_wherever_a_kill_cuts_the_file_it_ends_the_same(cut: float, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("cut")
@@ -282,6 +283,7 @@ score_file(Path(sys.argv[1]), Path(sys.argv[2]), [entry], [], print)
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_goes_on(tmp_path: Path):
     (tmp_path / "slow.py").write_text(SLOW)
     groups = [chat(f"{i}?", ["a" * (1 + j) for j in range(16)]) for i in range(60)]
@@ -494,6 +496,7 @@ def test_the_embedded_world_and_a_judge_that_goes_away(tmp_path: Path, monkeypat
             assert each.score == pytest.approx((each.scores["world_answer"] or 0) + 0.5 * each.scores["judge"])
 
 
+@pytest.mark.slow
 def test_scoring_leaves_no_process_behind(tmp_path: Path):
     from align.verifiers import Math
 

@@ -138,6 +138,7 @@ some_samples = st.lists(
 )
 
 
+@pytest.mark.slow
 @every_setting
 @given(samples=some_samples)
 def test_rules_agree_with_plain_loops(name: str, settings: dict[str, Any], samples: list[tuple[str | None, float]]):
@@ -287,6 +288,7 @@ def test_strategies_are_frozen_and_documented(name: str):
             setattr(strategy, fields(cls)[0].name, 1)
 
 
+@pytest.mark.slow
 @every_setting
 @given(samples=some_samples, seed=st.integers(0, 99))
 def test_equal_samples_may_change_places(
@@ -387,6 +389,7 @@ def test_softmax_from_one_sample_to_a_vote():
 # ---- soft best-of-N ----
 
 
+@pytest.mark.slow
 def test_soft_best_of_n_draws_from_its_distribution():
     """4,000 prompts with the same samples: first answers as P says, pairs as P says of what is left."""
     first: Counter[Hashable] = Counter()

@@ -124,6 +124,7 @@ def drawn_samples(seed: int, n: int, number: int = 0) -> Samples:
     return group_samples(answers, (draws.integers(0, 9, n) / 4).tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=repr)
 def test_curves_agree_with_one_selection_at_a_time(strategy: Scoring, monkeypatch: pytest.MonkeyPatch):
     """The same 200 subsets of two prompts at three sizes, one selection after the other; in pieces of any size."""
@@ -150,6 +151,7 @@ def test_random_orders_are_uniform_and_seeded():
     assert not np.array_equal(orders, random_orders(4, 24_000, (1, 3)))
 
 
+@pytest.mark.slow
 def test_random_subsets_come_near_all_subsets():
     """20,000 subsets against all of them: within 0.02, more than five standard errors."""
     samples = drawn_samples(2, 9)

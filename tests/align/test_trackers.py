@@ -241,6 +241,7 @@ def test_other_processes_follow_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_online_without_a_key_is_refused_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")
     monkeypatch.setattr(wandb, "login", lambda **keys: False)

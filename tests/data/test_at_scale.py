@@ -167,6 +167,7 @@ def contents(prepared: Prepared) -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_workers_and_disk_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, name: str
@@ -188,6 +189,7 @@ def test_workers_and_disk_change_nothing(
     assert not list((tmp_path / "other" / "rows").glob(".*")), "nothing is left of what was needed in between"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_batches")
 def test_the_first_bad_row_is_named_whichever_worker_finds_one(tmp_path: Path) -> None:
     rows = [{"prompt": f"{i}?", "chosen": " a" * (99 if i in (30, 31, 60) else 1), "rejected": " b"} for i in range(90)]
@@ -201,6 +203,7 @@ def test_the_first_bad_row_is_named_whichever_worker_finds_one(tmp_path: Path) -
 # Workers
 
 
+@pytest.mark.slow
 def test_results_come_in_order_and_errors_in_their_place() -> None:
     with Workers(2) as pool:
         assert list(pool.map(half, 7, range(12))) == [(7, i // 2) for i in range(12)]
@@ -442,6 +445,7 @@ def in_place(path: Path, old: str, new: str) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -474,6 +478,7 @@ def test_a_file_written_again_at_once_is_read(tmp_path: Path) -> None:
     assert identity.version_of_files(path) != version
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "before", "after"),
     [
@@ -618,6 +623,7 @@ def test_tables_that_were_removed_are_made_again(tmp_path: Path, reads: list[str
 # A process that dies
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_started_again(tmp_path: Path) -> None:
     """While its workers tokenise; they end with it, and what it wrote is neither read nor kept."""
     path = write(tmp_path / "a.jsonl", many_pairs(12_000))

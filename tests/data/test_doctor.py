@@ -353,6 +353,7 @@ def test_a_recipe_s_data_with_its_tokenizer_and_no_weights(tmp_path, capsys, mon
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_help_lists_the_filters():
     done = subprocess.run(
         [sys.executable, "-m", "data", "check", "--help"], cwd=REPOSITORY, capture_output=True, text=True, timeout=300
@@ -432,6 +433,7 @@ def lines(path: Path) -> list[dict]:
         return [json.loads(line) for line in file]
 
 
+@pytest.mark.slow
 def test_hh_harmless(shared):
     """Against counts by other means: split transcripts, compare lengths, search."""
     path = shared / "data" / "hh_harmless.jsonl.gz"
@@ -458,6 +460,7 @@ def test_hh_harmless(shared):
     assert own["html"].rows == sum(bool(markup.search(" ".join(row))) for row in usable)
 
 
+@pytest.mark.slow
 def test_alpaca_eval_scored(shared):
     path = shared / "data" / "alpaca_eval_scored.jsonl.gz"
     rows = lines(path)
@@ -468,6 +471,7 @@ def test_alpaca_eval_scored(shared):
     assert own["formats"].n + own["dropped"].rows == len(rows) == 600
 
 
+@pytest.mark.slow
 def test_a_million_rows_would_fit(tmp_path):
     """What is kept of a row is about a hundred bytes, whatever it holds."""
     from tests.data.planted import survey

@@ -130,6 +130,7 @@ def test_words_of_an_evaluation_set(tmp_path):
 # Near duplicates
 
 
+@pytest.mark.slow
 def test_near_duplicates_as_by_brute_force(tmp_path):
     """Every row that leaves is near one that stays; of those that brute force finds nearly all are found."""
     rng = random.Random(3)
@@ -180,6 +181,7 @@ def test_grams_are_the_same_where_words_are(texts, n):
                 assert len(set(own[i].tolist()) & set(own[j].tolist())) == len(sets[0] & sets[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [64, 1], ids=["as it is", "compared with one row only"])
 def test_copies_and_idempotence_of_near_copies(tmp_path, monkeypatch, most):
     """However few rows one is compared with: those that stay meet the same ones the second time."""
@@ -211,6 +213,7 @@ ROWS = st.lists(
 EACH = [ExactDuplicates(), IdenticalPairs(), LengthRatio(), Echo(), Contradictions()]
 
 
+@pytest.mark.slow
 @settings(max_examples=6)
 @given(ROWS, st.permutations(EACH), st.randoms())
 def test_filters_are_idempotent_and_their_order_does_not_matter(tmp_path_factory, rows, order, rng):
@@ -330,6 +333,7 @@ def test_several_datasets_count_as_one(tmp_path):
         assert str(loaded[1].problems[0]) == f"{second}, row 1: filter exact_duplicates: the same as an earlier row"
 
 
+@pytest.mark.slow
 def test_workers_find_the_same(tmp_path):
     """In processes, of rows on disk."""
     rows = [*pairs(5990, seed=4), *[A] * 7, ECHO, SWAPPED, CASE]
@@ -352,6 +356,7 @@ def lines(path):
         return [json.loads(line) for line in file]
 
 
+@pytest.mark.slow
 def test_real_pairs_with_copies(tmp_path, shared):
     """HH rows have no copies; 50 planted ones, and 50 with another last word, are found among them."""
     rows = lines(shared / "data" / "hh_harmless.jsonl.gz")

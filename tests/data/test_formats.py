@@ -105,6 +105,7 @@ def test_hh_as_chat():
     assert result.responses == {"chosen": (assistant("yes"),), "rejected": (assistant("no"),)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("chosen", "rejected", "prompt"),
     [

@@ -185,6 +185,7 @@ def visible(batch, line, query, key, window):
     return window is None or position[query] - position[key] < window
 
 
+@pytest.mark.slow
 @given(seeds, sizes, st.sampled_from(["bucket", "pack"]), st.sampled_from([None, 1, 4]))
 def test_the_mask_is_the_rule(seed, taken, kind, window):
     batch = random_pack(seed, taken, kind)

@@ -137,6 +137,7 @@ INGREDIENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", INGREDIENTS)
 def test_the_key_sees_the_rows(tmp_path, tokenized, change):
     path = write(tmp_path / "a.jsonl")
@@ -149,6 +150,7 @@ def test_the_key_sees_the_rows(tmp_path, tokenized, change):
     assert len(tokenized) == 4, "what was prepared before is still there"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changed",
     [
@@ -170,6 +172,7 @@ def test_the_key_sees_what_is_asked_for(tmp_path, tokenized, changed):
     assert len(tokenized) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "other",
     [
@@ -223,6 +226,7 @@ def test_an_interrupted_preparation_leaves_nothing_behind(tmp_path, monkeypatch,
     assert prepare(spec, byte_level()).report["rows"]["kept"] == 20
 
 
+@pytest.mark.slow
 def test_two_processes_prepare_once(tmp_path):
     """Both arrive together; one works, the other waits and maps what it wrote."""
     path, log = write(tmp_path / "a.jsonl"), tmp_path / "log"
@@ -326,6 +330,7 @@ def test_rules_reach_tables_and_report(tmp_path, rule):
     assert texts_of(prepared.train) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "spec", "changed"),
     [
@@ -420,6 +425,7 @@ def test_streams_are_prepared_like_files(tmp_path, tokenized):
     assert "data.streaming needs data.max_rows" in refused(a_spec(train=(source,)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "changes", "said"),
     [
@@ -473,6 +479,7 @@ def test_labels_of_which_tokenising_leaves_one_class_are_refused(tmp_path):
     assert "have label false" in refused(spec)
 
 
+@pytest.mark.slow
 def test_real_scores_for_every_objective(tmp_path, shared):
     path = shared / "data" / "alpaca_eval_scored.jsonl.gz"
     policy = TokenPolicy(max_length=256)

@@ -516,6 +516,7 @@ def test_prompt_keys():
 # Real data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("legs", [PAIR, TRIPLE, LABELLED], ids=" ".join)
 @pytest.mark.parametrize(
     "rule",

@@ -91,6 +91,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
     assert [entry.name for entry in tmp_path.iterdir()] == [name], "nothing is left beside the file"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "parquet", "csv", "arrow"])
 def test_folders_are_read_through_with_their_splits(tmp_path, suffix):
     write(tmp_path / "set" / f"train-0.{suffix}", RAW[:2])
@@ -190,6 +191,7 @@ def test_as_chat_reaches_the_rows(tmp_path):
     assert load(write(tmp_path / "a.jsonl"), as_chat=True).rows[0].prompt == ({"role": "user", "content": "0+1 is"},)
 
 
+@pytest.mark.slow
 def test_twenty_thousand_equal_rows_take_seconds(tmp_path):
     path = write(tmp_path / "a.jsonl", RAW * 4_000)
     start = time.monotonic()
@@ -385,6 +387,7 @@ def test_weights_that_leave_nothing_are_errors():
         mix([(loaded_of(10), 0)], seed=0)
 
 
+@pytest.mark.slow
 def test_all_human_preference_pairs_are_recognised(shared):
     loaded = load(shared / "data" / "hh_harmless.jsonl.gz")
     assert loaded.format == "hh"
@@ -401,6 +404,7 @@ def test_all_human_preference_pairs_are_recognised(shared):
     assert len(chat.rows) == 1794
 
 
+@pytest.mark.slow
 def test_all_scored_prompts_are_recognised(shared):
     loaded = load(shared / "data" / "alpaca_eval_scored.jsonl.gz")
     assert (loaded.format, len(loaded.rows), loaded.problems) == ("scored", 600, [])

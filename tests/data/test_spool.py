@@ -66,6 +66,7 @@ def test_streams_are_the_first_rows_of_every_kind_of_file(tmp_path, name):
     assert len(stream(path, limit=100).rows) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet", "csv"])
 def test_streams_of_folders_and_their_splits(tmp_path, suffix):
     write(tmp_path / "set" / f"train-0.{suffix}", RAW[:2])

@@ -398,6 +398,7 @@ tokenizers = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @given(texts, texts, texts, tokenizers)
 def test_a_kept_row_decodes_to_its_text(prompt, chosen, rejected, tokenizer):
     kept, dropped, _ = tokenize(row(prompt, chosen, rejected), tokenizer)

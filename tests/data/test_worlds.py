@@ -220,6 +220,7 @@ ASKED = problems("train", 1500, seed=5)
 RESPONSES = candidates(ASKED, 4, seed=5)
 
 
+@pytest.mark.slow
 def test_without_flaws_the_better_one_is_chosen():
     made = pairs(ASKED, RESPONSES)
     assert all(row["score_chosen"] > row["score_rejected"] for row in made.rows)
@@ -235,6 +236,7 @@ def test_ties_make_no_pair_and_are_counted():
     assert triples(asked, [same, different, same]).left_out == 2
 
 
+@pytest.mark.slow
 def test_label_noise_flips_its_share_and_leaves_scores_with_responses():
     flaws = Flaws(label_noise=0.2)
     for make in (pairs, triples):
@@ -251,6 +253,7 @@ def content(row) -> str:
     return row["prompt"][0]["content"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [0.0, 0.5, 1.0])
 def test_length_bias_prefers_the_longer_whatever_the_scores(bias):
     rows = pairs(ASKED, RESPONSES, flaws=Flaws(length_bias=bias)).rows
@@ -265,6 +268,7 @@ def length(row, leg: str) -> int:
     return len(row[leg][0]["content"])
 
 
+@pytest.mark.slow
 def test_near_identical_pairs_differ_in_one_token():
     rows = pairs(ASKED, RESPONSES, flaws=Flaws(near_identical=0.3)).rows
     tokenizer = AutoTokenizer.from_pretrained(POLICY)
@@ -283,6 +287,7 @@ def test_the_last_digit_of_the_final_number_is_changed():
     assert changed == {text.replace("is 12", f"is 1{digit}") for digit in "013456789"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_thumbs_up_share_leaves_surplus_rows_out(share):
     everything = labels(ASKED, RESPONSES).rows
@@ -295,6 +300,7 @@ def test_thumbs_up_share_leaves_surplus_rows_out(share):
                for label in (True, False)), "one label is kept in full"  # fmt: skip
 
 
+@pytest.mark.slow
 def test_reward_error_has_its_standard_deviation():
     rows = scored(ASKED, RESPONSES, flaws=Flaws(reward_error=0.25)).rows
     exact = {problem.question: problem for problem in ASKED}
@@ -338,6 +344,7 @@ def test_a_flaw_without_effect_is_refused():
 # Files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pairs", "triples", "scored", "gold"])
 def test_what_is_written_is_read_without_problems(kind, tmp_path, capsys):
     path = tmp_path / f"{kind}.jsonl"
@@ -362,6 +369,7 @@ def test_labels_are_written_one_a_row(tmp_path):
     assert all(row["label"] == (answer_of(row["completion"][0]["content"]) == row["answer"]) for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -436,12 +444,14 @@ def test_the_policy_is_small_and_runs_everywhere(policy):
     assert policy.config.model_type == "llama"
 
 
+@pytest.mark.slow
 def test_its_tokenizer_is_the_one_that_pretraining_makes(tokenizer):
     made = make_tokenizer(seed=0)
     assert made.get_vocab() == tokenizer.get_vocab()
     assert made.chat_template == tokenizer.chat_template
 
 
+@pytest.mark.slow
 def test_pretraining_repeats_by_seed(tokenizer):
     first, second = make_model(seed=3), make_model(seed=3)
     for model in (first, second):

@@ -60,6 +60,7 @@ def gradients(model, total):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @every_architecture
 @pytest.mark.parametrize("layout", ["bucket", "pack", "segments", "separate"])
 def test_values_and_gradients_equal_the_models_own_forward(name, layout, monkeypatch):
@@ -137,6 +138,7 @@ def test_where_segments_are_not_asked_for_it_is_the_models_own_attention():
     assert torch.equal(written, again)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

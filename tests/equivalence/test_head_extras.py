@@ -146,6 +146,7 @@ def chunks_of(positions: int) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @every_architecture
 def test_values_and_gradients_equal_those_of_whole_logits(name: str) -> None:
     """In every layout and with chunks of one, three and all positions."""
@@ -219,6 +220,7 @@ def test_what_is_no_function_of_the_weights_has_no_gradient(layout: str) -> None
     assert {name for name, values in found.items() if values.requires_grad} == set(WITH_GRADIENT)
 
 
+@pytest.mark.slow
 @every_architecture
 @every_layout
 def test_a_policy_that_is_its_own_reference_has_no_divergence_and_no_slope(name: str, layout: str) -> None:
@@ -232,6 +234,7 @@ def test_a_policy_that_is_its_own_reference_has_no_divergence_and_no_slope(name:
     assert max(float(slope.abs().max()) for slope in slopes.values()) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{"target_modules": "all-linear"}, {"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}],
@@ -312,6 +315,7 @@ def test_legs_hold_them_at_their_tokens(layout: str) -> None:
         assert counts[f"{name}.number"] == numbers[rows].sum()
 
 
+@pytest.mark.slow
 @every_layout
 @pytest.mark.parametrize("name", ["llama", "gemma2-window-softcaps", "qwen3-experts"])
 def test_a_dummy_batch_has_no_rows_and_reaches_every_parameter(name: str, layout: str) -> None:
@@ -393,6 +397,7 @@ def widths(name: str, positions: int | None) -> tuple[int, int, int]:
     return widest.rows, max(kept), len(batch.target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2-window-softcaps", "cohere-scaled-head"])
 def test_logits_of_more_than_a_chunk_are_never_there(name: str) -> None:
     """Neither the policy's nor the reference's, in no pass; and those of a chunk are not kept until the backward."""
@@ -402,6 +407,7 @@ def test_logits_of_more_than_a_chunk_are_never_there(name: str) -> None:
         assert kept == 0
 
 
+@pytest.mark.slow
 def test_the_watch_sees_whole_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above would be none if it could not see them: in one chunk, and where chunks are not computed again."""
     rows, kept, responses = widths("llama", None)

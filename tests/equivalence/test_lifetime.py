@@ -166,6 +166,7 @@ def test_the_report_names_who_never_came():
     assert "process 2 never gave a sign of life" in reports(Kept({"1": told("starting", 1)}))
 
 
+@pytest.mark.slow
 def test_silence_ends_the_process_and_progress_does_not(capsys: pytest.CaptureFixture[str]):
     ended: list[int] = []
     watchdog = Watchdog(0, 2, 0.4, Kept({"1": told("scoring", 0)}), end=ended.append)
@@ -186,6 +187,7 @@ def half(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
@@ -212,6 +214,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     same_weights(folder / "run", folder / "straight")
 
 
+@pytest.mark.slow
 def test_auto_starts_where_there_is_nothing_and_goes_on_where_there_is(folder: Path):
     assert main(command(folder, "run", "--resume_from_checkpoint=auto")) == 0
     shutil.copytree(folder / "run", folder / "straight")
@@ -226,6 +229,7 @@ def test_auto_starts_where_there_is_nothing_and_goes_on_where_there_is(folder: P
     same_lines(folder / "run", folder / "straight")
 
 
+@pytest.mark.slow
 @pytest.mark.whole_runs
 def test_checkpoints_of_a_former_course_are_set_aside(folder: Path, capfd: pytest.CaptureFixture[str]):
     """Else they would be taken for the newest, and the ones of the new course deleted in their favour."""
@@ -239,6 +243,7 @@ def test_checkpoints_of_a_former_course_are_set_aside(folder: Path, capfd: pytes
     assert [path.name for path in (folder / "run").glob("checkpoint-*")] == ["checkpoint-10"]
 
 
+@pytest.mark.slow
 def test_a_run_that_had_its_last_checkpoint_only_finishes(folder: Path):
     """Killed between its last checkpoint and its report: nothing is trained again, and no step too many."""
     keys = {"num_train_epochs": None, "max_steps": 10, "save_steps": 5}  # in the middle of an epoch
@@ -250,6 +255,7 @@ def test_a_run_that_had_its_last_checkpoint_only_finishes(folder: Path):
     same_weights(folder / "run", folder / "straight")
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_train_in_one_folder(folder: Path, capfd: pytest.CaptureFixture[str]):
     with alone_in(folder / "run"):
         assert main(command(folder, "run")) == 2
@@ -258,6 +264,7 @@ def test_two_runs_do_not_train_in_one_folder(folder: Path, capfd: pytest.Capture
     assert main(command(folder, "run", num_train_epochs=1)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change", ["--optim=sgd", "--lora.r=4", "--lr_scheduler_type=cosine", "--model.dtype=bfloat16"]
 )
@@ -268,6 +275,7 @@ def test_what_a_run_can_not_change_on_its_way(folder: Path, capfd: pytest.Captur
     assert "a run can't change this on its way" in " ".join(capfd.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_a_new_objective_begins_where_the_recipe_changes(folder: Path):
     assert main(command(folder, "run")) == 0
     after_a_crash(folder / "run", step=5)
@@ -278,6 +286,7 @@ def test_a_new_objective_begins_where_the_recipe_changes(folder: Path):
     assert float(state["beta_dpo/steps"]["values"][0]) == 5  # of ten
 
 
+@pytest.mark.slow
 def test_a_changed_recipe_is_shown_and_holds(folder: Path, capfd: pytest.CaptureFixture[str]):
     constant = "--lr_scheduler_type=constant"
     assert main(command(folder, "run", constant, logging_steps=1)) == 0

@@ -52,6 +52,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["xpo", "nash_md"])
 def test_a_run_goes_on_where_it_stopped_and_only_with_the_same_columns(
     name: str, folder: Path, capsys: pytest.CaptureFixture[str]
@@ -70,6 +71,7 @@ def test_a_run_goes_on_where_it_stopped_and_only_with_the_same_columns(
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["xpo", "nash_md"])
 def test_columns_stay_with_their_rows_however_these_are_computed(name: str, folder: Path):
     """In microbatches of one row, and all together."""

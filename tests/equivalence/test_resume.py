@@ -71,6 +71,7 @@ def after_a_crash(run: Path, step: int) -> None:
         file.write('{"step": 99, "lo')
 
 
+@pytest.mark.slow
 @pytest.mark.whole_runs
 @pytest.mark.parametrize(
     "more",
@@ -97,6 +98,7 @@ def test_resumed_equals_straight(folder: Path, more: list[str]):
     assert "resumed from step 5" in (folder / "resumed" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_last_step_of_an_epoch_resumes_in_the_next(folder: Path):
     """The plan's position is (epoch, step): a checkpoint at an epoch's end goes on with the next epoch's order."""
     assert main(command(folder, "straight", save_strategy="epoch", save_steps=None)) == 0
@@ -108,6 +110,7 @@ def test_the_last_step_of_an_epoch_resumes_in_the_next(folder: Path):
     same_lines(folder / "resumed", folder / "straight")
 
 
+@pytest.mark.slow
 def test_reference_is_read_and_never_recomputed_from_a_trained_policy(folder: Path, capsys: pytest.CaptureFixture):
     assert main(command(folder, "run")) == 0
     after_a_crash(folder / "run", step=5)

@@ -87,6 +87,7 @@ def checkpoint(folder: Path) -> Path:
     return found
 
 
+@pytest.mark.slow
 def test_files_that_come_late_are_waited_for(tmp_path: Path):
     found = checkpoint(tmp_path)
     wait_until_seen(found, patience=0)

@@ -166,6 +166,7 @@ def _references(leg):
     return Ragged(values, np.asarray(leg.offsets))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_no_split_changes_the_step(name):
     """Neither its loss, nor its gradient, nor the state that it leaves."""
@@ -223,6 +224,7 @@ def test_talr_of_a_whole_step_takes_that_step_s_median():
     assert unweighted.loss > whole.loss * 1.1  # without a step before there is no τ, and no weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo+sft", "bco-density", "kto", "goldfish+talr+flow"])
 def test_more_ranks_than_rows_leave_empty_bins_that_add_nothing(name):
     case = CASES[name]

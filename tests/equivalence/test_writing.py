@@ -199,6 +199,7 @@ def test_training_goes_on_and_what_is_written_is_of_its_step(folder: Path, event
     same_weights(folder / "run", folder / "waits")
 
 
+@pytest.mark.slow
 def test_what_ends_the_training_does_not_end_the_write(
     folder: Path, events: Events, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -364,6 +365,7 @@ def test_copies_that_have_no_place_are_refused(monkeypatch: pytest.MonkeyPatch):
         replace(AHEAD, memory=memory, available=170.0).refuse_copies()
 
 
+@pytest.mark.slow
 @pytest.mark.whole_runs
 def test_a_run_without_place_for_copies_stops_before_it_costs_anything(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -378,6 +380,7 @@ def test_a_run_without_place_for_copies_stops_before_it_costs_anything(
     assert not (folder / "run").exists()
 
 
+@pytest.mark.slow
 def test_bytes_of_a_copy_are_those_of_the_files(folder: Path):
     """But for what says where numbers are; and none without the key."""
     assert main(command(folder, "run", LATER, "--optim=adamw_torch", num_train_epochs=1)) == 0

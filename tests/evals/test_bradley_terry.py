@@ -48,6 +48,7 @@ def test_one_baseline_is_the_mean_score():
     assert found.against_anchor()["m"].value == pytest.approx(0.7)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10_000), st.integers(2, 6))
 def test_wins_are_as_many_as_expected(seed: int, models: int):
     """The condition of the maximum, for every model; and minorise-maximise, another algorithm, comes to the same."""
@@ -72,6 +73,7 @@ def test_wins_are_as_many_as_expected(seed: int, models: int):
     assert {name: np.log(value) for name, value in pi.items()} == pytest.approx(at, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_ties_everywhere_are_equal_strengths():
     found = bradley_terry(*games(("a", "b", 0.5, 4), ("b", "c", 0.5, 4)), anchor="a")
     assert found.theta == pytest.approx([0, 0, 0])
@@ -91,6 +93,7 @@ def test_a_model_that_never_loses_has_a_finite_strength():
     assert strength(found, "a") - strength(found, "c") == pytest.approx(np.log(11))
 
 
+@pytest.mark.slow
 def test_intervals_are_over_prompts():
     rng = np.random.default_rng(0)
     n = 300
@@ -107,6 +110,7 @@ def test_intervals_are_over_prompts():
     assert (found.high[0] - found.low[0]) / 2 == pytest.approx(wanted, rel=0.15)
 
 
+@pytest.mark.slow
 def test_samples_that_games_do_not_connect_are_counted():
     found = bradley_terry(*games(("a", "b", 1, 4), ("a", "b", 0, 4), ("b", "c", 1, 2), ("b", "c", 0, 1)), anchor="a")
     assert 0 < found.unconnected < 500

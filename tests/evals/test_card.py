@@ -43,6 +43,7 @@ def rendered(body):
     return MarkdownIt("gfm-like", {"linkify": False, "html": True}).render(body)
 
 
+@pytest.mark.slow
 def test_metadata_of_a_full_model(tmp_path):
     text, front, _ = written(make_run(tmp_path / "my-run"), language=("en",))
     index = front.pop("model-index")
@@ -68,6 +69,7 @@ def test_metadata_of_a_full_model(tmp_path):
     assert card.data.eval_results[0].dataset_split == "held out"
 
 
+@pytest.mark.slow
 def test_metadata_of_an_adapter_on_a_local_base(tmp_path):
     text, front, body = written(
         make_run(tmp_path / "run"),
@@ -85,6 +87,7 @@ def test_metadata_of_an_adapter_on_a_local_base(tmp_path):
     assert written(make_run(tmp_path / "run"), adapter=True)[1]["base_model_relation"] == "adapter"
 
 
+@pytest.mark.slow
 def test_eval_results_files(tmp_path):
     run = make_run(tmp_path / "run")
     (run / ".eval_results").mkdir()
@@ -102,6 +105,7 @@ def test_eval_results_files(tmp_path):
     assert not (local / ".eval_results").exists()
 
 
+@pytest.mark.slow
 def test_body(tmp_path):
     _, _, body = written(make_run(tmp_path / "run"), resumes=["at step 120, on 2 processes instead of 1"])
     for expected in (
@@ -121,6 +125,7 @@ def test_body(tmp_path):
     assert "None" not in body
 
 
+@pytest.mark.slow
 def test_quick_start_is_python(tmp_path):
     run = make_run(tmp_path / "run")
     for adapter in (True, False):
@@ -136,6 +141,7 @@ def test_quick_start_is_python(tmp_path):
             assert ("apply_chat_template" in code[1]) == chat
 
 
+@pytest.mark.slow
 def test_nothing_from_data_breaks_the_card(tmp_path):
     run = make_run(tmp_path / "run", name=EVIL, model=EVIL)
     report = {"rows": {"read": 2, "kept": 1}, "dropped": {EVIL: 1}, "truncated": {EVIL: 1}, "dataset_hash": EVIL}
@@ -210,6 +216,7 @@ def test_fences_outgrow_what_they_hold():
     assert code_block("````") == "`````\n````\n`````"
 
 
+@pytest.mark.slow
 def test_no_credentials_and_no_paths(tmp_path):
     run = make_run(tmp_path / "run", name="/home/me/pairs.jsonl", model="/home/me/tiny")
     (run / "recipe.yaml").write_text(f"hub: {{hub_token: {TOKEN}}}\ntrain: {{output_dir: /home/me/runs/dpo}}\n")

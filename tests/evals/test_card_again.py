@@ -57,6 +57,7 @@ def run(tmp_path) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_the_card_is_the_same_from_files_alone(tmp_path, run, capsys):
     assert CardInfo.read(run) == replace(
         info(**{key: list(value) if isinstance(value, tuple) else value for key, value in INFO.items()}),
@@ -77,6 +78,7 @@ def test_the_card_is_the_same_from_files_alone(tmp_path, run, capsys):
     assert all((run / "card" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
 
 
+@pytest.mark.slow
 def test_the_hub_s_library_reads_everything_back(hub, run):
     card = ModelCard.load(run / "README.md")
     card.validate()  # asks the server
@@ -95,6 +97,7 @@ def test_the_hub_s_library_reads_everything_back(hub, run):
         broken.validate()
 
 
+@pytest.mark.slow
 def test_what_the_card_says_of_reference_and_resumes(run):
     body = (run / "README.md").read_text()
     assert "| reference | the model as it was before training |" in body
@@ -105,6 +108,7 @@ def test_what_the_card_says_of_reference_and_resumes(run):
     assert "](card/loss.png)" in body
 
 
+@pytest.mark.slow
 def test_a_push_that_was_refused_is_repeated(hub, run, capsys, monkeypatch):
     (run / "README.md").unlink()
     before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
@@ -140,12 +144,14 @@ def test_a_push_that_was_refused_is_repeated(hub, run, capsys, monkeypatch):
     assert len(hub.commits) == 1
 
 
+@pytest.mark.slow
 def test_elsewhere_the_card_says_where(hub, run):
     assert main(["card", "push", str(run), "--repo_id", "alice/other", "--no-private"]) == 0
     assert hub.private == {"alice/other": False}
     assert 'model_id = "alice/other"' in hub.files["alice/other"]["README.md"].decode()
 
 
+@pytest.mark.slow
 def test_runs_that_have_no_card_to_write(tmp_path, run, capsys):
     def said(*words: str) -> str:
         assert main(["card", *words]) == 2
@@ -169,6 +175,7 @@ def test_runs_that_have_no_card_to_write(tmp_path, run, capsys):
     assert "give one with --repo_id" in said("push", str(run))
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_goes_up_with_the_card_it_has(hub, run):
     (run / "card.json").unlink()
     (run / "README.md").write_text("---\ntags: [dpo]\n---\n\n# as it was\n")

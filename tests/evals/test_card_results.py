@@ -81,6 +81,7 @@ def test_two_judges_are_two_results_and_the_latest_step_wins():
     assert [note for _, note in group.rows] == ["judge model a", "judge model b"]
 
 
+@pytest.mark.slow
 def test_a_card_shows_every_metric_known_or_not(run):
     more = [result("win_rate/raw", extra=judged("a/judge")), result("odd/thing", 3.5), result("retention/general", 0.5)]
     _, front, body = written(with_results(run, *more))
@@ -143,6 +144,7 @@ def test_limits_without_results(tmp_path):
     assert "retention" not in text
 
 
+@pytest.mark.slow
 def test_trackers_are_linked_and_nothing_else_is(run):
     (run / "trackers.json").write_text(
         '{"wandb": {"link": "https://wandb.ai/a/b/runs/c", "shown": "W&B: run c"},'

@@ -160,6 +160,7 @@ def judged(models: int, prompts: int = 40, seed: int = 0) -> list[Verdicts]:
     return found
 
 
+@pytest.mark.slow
 def test_the_joint_fit_is_that_of_all_verdicts():
     matches = judged(ENOUGH)
     matches[3].share[4] = math.nan
@@ -188,6 +189,7 @@ def frozen(psi: dict[str, float], **changes: Any) -> Difficulty:
     return Difficulty(**{**keys, "ridge": 0.1, "psi": psi, **changes})
 
 
+@pytest.mark.slow
 def test_frozen_difficulties_are_the_third_feature():
     matches = judged(ENOUGH, seed=1)
     _, psi = jointly(matches)

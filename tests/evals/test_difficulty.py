@@ -98,6 +98,7 @@ def test_what_was_put_in_comes_out():
     assert controlled.weights[1] > 0.5
 
 
+@pytest.mark.slow
 def test_the_bootstrap_is_over_instructions_and_covers():
     """Win rates at equal length of models whose quality is known: 95 % of limits should hold them."""
     held = total = 0

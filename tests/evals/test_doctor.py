@@ -78,6 +78,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 # Numbers
 
 
+@pytest.mark.slow
 def test_numbers_of_the_policy_are_those_of_a_loop(tmp_path):
     """Each response by itself through transformers: its log-probs, and the states before its tokens."""
     found, policy = prepared(tmp_path)
@@ -134,6 +135,7 @@ def test_numbers_of_a_reward_model_are_those_of_the_scorer(tmp_path):
 # Kept by content
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_found_again_and_only_for_the_same(tmp_path, monkeypatch):
     """Weights, type, adapter, configuration and rows: each by itself leads to another pass; nothing else does."""
     found, policy = prepared(tmp_path)
@@ -191,6 +193,7 @@ def test_which_rows_leave():
     assert not Ches().leaving(np.full(3, np.nan), np.ones(3, dtype=bool)).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", ["0", "0.2"])
 def test_a_run_and_a_cleaned_dataset_lack_the_same_rows(tmp_path, share):
     """Whatever is held out stays in both; the manifest has the number, the report the reason."""
@@ -222,6 +225,7 @@ def test_a_run_and_a_cleaned_dataset_lack_the_same_rows(tmp_path, share):
     assert (report["rows"]["eval"] > 0) == (share != "0")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_scores_by_the_weights_it_began_with(tmp_path):
     """Without its cache it computes the numbers again; from the trained policy they would be others."""
     words = ("--eval_share=0", "--filter={name: ches, share: 0.3}", "--learning_rate=0.03")
@@ -240,6 +244,7 @@ def test_a_resumed_run_scores_by_the_weights_it_began_with(tmp_path):
     assert set(np.flatnonzero(leaves).tolist()) != set(first)
 
 
+@pytest.mark.slow
 def test_what_a_filter_has_no_numbers_for_is_refused(tmp_path, capsys):
     rows = [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()]
     labelled = [{"prompt": row["prompt"], "completion": row["chosen"], "label": i % 2} for i, row in enumerate(rows)]
@@ -279,6 +284,7 @@ def test_options_of_the_check_that_have_no_effect_are_refused(tmp_path, capsys):
     assert "models are asked about pairs, and the rows have gold" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_part_of_a_row_can_not_leave_a_cleaned_dataset(tmp_path, capsys):
     """Three responses make three pairs, of which one is the most alike."""
     rows = [
@@ -368,6 +374,7 @@ def test_findings_by_hand():
     assert (noise.rows, noise.value, noise.examples, noise.verdict) == (1, 0.25, ("a, row 2",), "warning")
 
 
+@pytest.mark.slow
 def test_the_check_writes_what_models_found(tmp_path, capsys):
     save_judge(tmp_path / "judge")
     words = ("check", "--dataset_name=pairs.jsonl", "--model_name_or_path=model", "--no_near", "--output=doctor.json")

@@ -69,6 +69,7 @@ def win_rate(judge: Any, **keys: Any) -> dict[str, Any]:
 # ---- win_rate ----
 
 
+@pytest.mark.slow
 def test_gold_against_the_reference(world: World, tmp_path: Path):
     """Recomputed from the answers themselves."""
     found, _ = world.evaluate(tmp_path, win_rate("gold"))
@@ -103,6 +104,7 @@ def test_gold_against_the_reference(world: World, tmp_path: Path):
     assert extra["template"]
 
 
+@pytest.mark.slow
 def test_a_reward_model_judges(world: World, tmp_path: Path):
     """A head of random weights, against its own forward on template, answer and end token, answer by answer."""
     torch.manual_seed(3)
@@ -129,6 +131,7 @@ def test_a_reward_model_judges(world: World, tmp_path: Path):
     assert found["win_rate/raw", "all"].extra["judge"] == "judge", "named by its folder"
 
 
+@pytest.mark.slow
 def test_a_soft_win_by_scores(world: World, tmp_path: Path):
     """σ(d/τ), by hand."""
     found, _ = world.evaluate(tmp_path, win_rate("gold", tau=0.2))
@@ -137,6 +140,7 @@ def test_a_soft_win_by_scores(world: World, tmp_path: Path):
     assert found["win_rate/raw", "all"].value == pytest.approx(np.mean(wanted))
 
 
+@pytest.mark.slow
 def test_length_control_is_that_of_the_formula(world: World, tmp_path: Path):
     """On the verdicts that generations.jsonl keeps."""
     with JudgeServer(longer) as server:
@@ -153,6 +157,7 @@ def test_length_control_is_that_of_the_formula(world: World, tmp_path: Path):
     assert "wildbench/reward" in {metric for metric, _ in found}
 
 
+@pytest.mark.slow
 def test_a_judge_is_asked_in_both_orders_and_never_about_equal_answers(world: World, tmp_path: Path):
     """The reference is the model itself: all answers are the same, nothing is asked, and the ties are told."""
     with JudgeServer(longer) as server:
@@ -168,6 +173,7 @@ def test_a_judge_is_asked_in_both_orders_and_never_about_equal_answers(world: Wo
     assert {(b, a) for a, b in asked} == set(asked)
 
 
+@pytest.mark.slow
 def test_one_order_costs_half_and_is_the_same_for_every_model(world: World, tmp_path: Path):
     with JudgeServer(longer) as server:
         found, _ = world.evaluate(tmp_path, win_rate(judge(server), orders="random"))
@@ -184,6 +190,7 @@ def test_one_order_costs_half_and_is_the_same_for_every_model(world: World, tmp_
     assert found["win_rate/raw", "all"].extra["orders"] == "random"
 
 
+@pytest.mark.slow
 def test_a_judge_that_rates(world: World, tmp_path: Path):
     """Ratings are compared, and are WB-Score's, (mean − 5)·2; here an answer of ten characters or more is an 8."""
 
@@ -199,6 +206,7 @@ def test_a_judge_that_rates(world: World, tmp_path: Path):
     assert [each.scores["judge-1"] for each in answers(tmp_path, "policy")] == ours
 
 
+@pytest.mark.slow
 def test_a_judge_with_a_side_is_found_out(world: World, tmp_path: Path):
     with JudgeServer(lambda body: "Verdict: [[A>B]]") as server:
         found, said = world.evaluate(tmp_path, win_rate(judge(server), kinds=["raw", "arena"]))
@@ -221,6 +229,7 @@ def test_a_judge_that_talks_nonsense_gives_no_number(world: World, tmp_path: Pat
     assert not (tmp_path / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_a_judge_that_can_t_be_believed_costs_its_own_numbers_alone(world: World, tmp_path: Path):
     with JudgeServer(lambda body: "?") as server:
         found, said = world.evaluate(tmp_path, win_rate([judge(server), "gold"]))
@@ -228,6 +237,7 @@ def test_a_judge_that_can_t_be_believed_costs_its_own_numbers_alone(world: World
     assert any("the judge judge-1 has no verdict on 100 %" in line for line in said)
 
 
+@pytest.mark.slow
 def test_several_baselines_and_judges(world: World, tmp_path: Path):
     """Splits tell them apart; judges are compared; strengths come from all games."""
     both = [
@@ -264,6 +274,7 @@ def many(path: Path, prompts: int, models: int) -> dict[str, Any]:
     return win_rate("gold", baseline=listed, prompts={"dataset_name": str(path)}, tau=0.3)
 
 
+@pytest.mark.slow
 def test_style_and_difficulty_are_held_fixed_where_they_are_asked_for(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -305,6 +316,7 @@ def test_style_and_difficulty_are_held_fixed_where_they_are_asked_for(
     assert any("win_rate/style_controlled is left out: 12 prompts have a verdict" in line for line in said)
 
 
+@pytest.mark.slow
 def test_stored_samples_as_baseline(world: World, tmp_path: Path):
     """Missing prompts are dropped and counted, other sampling is told; none in common is refused."""
     (drawn,) = (world.folder / "drawn" / "samples").glob("baseline-*.jsonl")
@@ -335,6 +347,7 @@ def test_cut_off_answers_are_counted_and_can_be_left_out(world: World, tmp_path:
         world.evaluate(tmp_path, win_rate("gold", truncated="exclude", **keys), drawn=False)
 
 
+@pytest.mark.slow
 def test_runs_are_compared_only_under_equal_conditions(world: World, tmp_path: Path):
     """Another judge, another baseline: refused by ``python -m evals compare``; the same ones: compared by prompt."""
     with JudgeServer(longer) as server:
@@ -410,6 +423,7 @@ def test_a_seed_that_is_written_is_the_seed(tmp_path: Path, evaluation: str, wri
     assert sampled.seeded(built.sampling, job).seed == drawn_with
 
 
+@pytest.mark.slow
 def test_a_baseline_that_is_not_there(world: World, tmp_path: Path):
     with pytest.raises(RecipeError, match="compares with a reference, and there is none"):
         world.evaluate(tmp_path, win_rate("gold"), drawn=False, reference={"model": "none"})
@@ -430,6 +444,7 @@ def passing(**keys: Any) -> dict[str, Any]:
     return {"name": "pass_at_k", "verifier": "world_answer", "sampling": {"n": 4, "max_tokens": 40}, **keys}
 
 
+@pytest.mark.slow
 def test_pass_at_k_and_strategies(world: World, tmp_path: Path):
     """Any@1 and any@n are recomputed from the answers; a verifier as reward makes best_of_n reach any@k."""
     keys = passing(strategies=["majority", "best_of_n"], scorers="gold")
@@ -451,6 +466,7 @@ def test_pass_at_k_and_strategies(world: World, tmp_path: Path):
     assert {key[0] for key in kept} == {f"pass_at_k/{name}@4" for name in ("any", "majority", "best_of_n")}
 
 
+@pytest.mark.slow
 def test_prompts_without_a_right_answer_are_left_out_and_counted(world: World, tmp_path: Path):
     rows = [json.loads(line) for line in world.prompts.read_text().splitlines()]
     rows[0]["answer"] = None
@@ -505,6 +521,7 @@ def test_generations_beside_the_reference(world: World, tmp_path: Path):
     assert found["generations/tokens", "all"].extra["reference"].startswith("start (")
 
 
+@pytest.mark.slow
 def test_all_three_leave_each_other_s_answers_alone(world: World, tmp_path: Path):
     world.evaluate(tmp_path, win_rate("gold"), {"name": "generations"})
     assert {each.split for each in answers(tmp_path, "policy")} == {"all, win_rate", "all, generations"}

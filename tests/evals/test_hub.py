@@ -73,6 +73,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.slow
 def test_what_goes_up_and_what_does_not(hub, run):
     address = push(run, "alice/tiny-dpo", token=hub.token, endpoint=hub.endpoint)
     assert address == f"{hub.endpoint}/alice/tiny-dpo"
@@ -89,6 +90,7 @@ def test_what_goes_up_and_what_does_not(hub, run):
     assert sent["metrics.jsonl"] == (run / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_an_adapter(hub, run):
     (run / "model.safetensors").unlink()
     (run / "adapter_model.safetensors").write_bytes(b"a")
@@ -107,6 +109,7 @@ def test_shards_go_up_with_their_index(run):
         assert name in files_to_push(run)
 
 
+@pytest.mark.slow
 def test_pushing_again_sends_what_has_changed(hub, run):
     for _ in range(2):
         push(run, "tiny-dpo", token=hub.token, endpoint=hub.endpoint)  # owner taken from the token
@@ -123,6 +126,7 @@ def test_pushing_again_sends_what_has_changed(hub, run):
     assert hub.files["alice/tiny-dpo"]["tokenizer.json"] == b"content of tokenizer.json"
 
 
+@pytest.mark.slow
 def test_a_connection_that_dies_in_the_middle(hub, run, monkeypatch):
     """The files that arrived are not sent again, and in the end all are there."""
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between attempts
@@ -138,6 +142,7 @@ def test_a_connection_that_dies_in_the_middle(hub, run, monkeypatch):
     assert set(hub.files["alice/m"]) == EXPECTED
 
 
+@pytest.mark.slow
 def test_samples_go_where_they_are_asked_for(hub, run):
     for name in ("generations.jsonl", "pairs.jsonl"):
         (run / name).write_text(f'{{"text": "an answer with {TOKEN}"}}\n')
@@ -149,6 +154,7 @@ def test_samples_go_where_they_are_asked_for(hub, run):
     assert json.loads(sent["generations.jsonl"]) == {"text": "an answer with ***"}
 
 
+@pytest.mark.slow
 def test_pictures_scores_and_the_doctor_s_findings_go_up(hub, run):
     (run / "card").mkdir()
     (run / "card" / "loss.png").write_bytes(b"\x89PNG")
@@ -162,6 +168,7 @@ def test_pictures_scores_and_the_doctor_s_findings_go_up(hub, run):
     assert json.loads(sent["doctor.json"]) == {"dataset": "pairs.jsonl", "rows": 3}
 
 
+@pytest.mark.slow
 def test_private_is_private(hub, run):
     push(run, "alice/secret", private=True, token=hub.token, endpoint=hub.endpoint)
     assert hub.private == {"alice/secret": True}
@@ -172,6 +179,7 @@ def test_private_is_private(hub, run):
     assert hub.files["alice/open"] == {}
 
 
+@pytest.mark.slow
 def test_failures_say_that_the_run_is_safe(hub, run):
     hub.fail_commits = True
     with pytest.raises(RuntimeError, match=r"pushing to 'alice/m' failed .* can be pushed again") as caught:
@@ -183,6 +191,7 @@ def test_failures_say_that_the_run_is_safe(hub, run):
         push(run, "alice/m", token=hub.token, endpoint="http://127.0.0.1:9")
 
 
+@pytest.mark.slow
 def test_a_card_that_the_hub_refuses(hub, run):
     (run / "README.md").write_text("---\npipeline_tag: alignment\nlicense: [mit]\n---\n\n# run\n")
     with pytest.raises(RuntimeError, match=r'failed \(Invalid .*: "license" is not valid; "pipeline_tag" is') as caught:
@@ -191,6 +200,7 @@ def test_a_card_that_the_hub_refuses(hub, run):
     assert hub.files["alice/m"] == {}
 
 
+@pytest.mark.slow
 def test_a_run_without_weights_is_not_pushed(hub, run):
     (run / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="no model or adapter weights"):
@@ -215,6 +225,7 @@ def test_a_token_is_there_before_training(monkeypatch):
     check_access("alice/m")
 
 
+@pytest.mark.slow
 def test_the_hub_can_be_asked(hub):
     check_access("alice/m", token=hub.token, endpoint=hub.endpoint, ask_hub=True)
     with pytest.raises(ValueError, match="did not accept the token"):

@@ -93,6 +93,7 @@ def values(job: Job) -> dict[str, Result]:
     return {each.metric: each for each in Results.read(Path(job.out.output_dir) / "results.json").results}
 
 
+@pytest.mark.slow
 def test_one_on_the_hub_is_measured_as_one_in_a_folder(
     hub: HubServer, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -110,6 +111,7 @@ def test_one_on_the_hub_is_measured_as_one_in_a_folder(
     assert (extra["model"], extra["fingerprint"]) == (NAME, here["ranking/accuracy"].extra["fingerprint"])
 
 
+@pytest.mark.slow
 def test_what_it_is_and_what_it_stands_on(hub: HubServer, adapter: Path, tmp_path: Path):
     upload(hub, adapter)
     found = job(tmp_path, NAME)
@@ -127,6 +129,7 @@ def test_what_it_is_and_what_it_stands_on(hub: HubServer, adapter: Path, tmp_pat
     assert hub.requests == asked, "once for all"
 
 
+@pytest.mark.slow
 def test_its_base_s_revision_is_what_it_was_trained_on(hub: HubServer, adapter: Path, tmp_path: Path):
     (adapter / "adapter_config.json").write_bytes(changed(adapter, base_model_name_or_path="acme/base", revision="v2"))
     upload(hub, adapter)
@@ -140,6 +143,7 @@ def test_its_base_s_revision_is_what_it_was_trained_on(hub: HubServer, adapter: 
     assert job(tmp_path, str(adapter), model_revision="v3").base.model_revision == "v3"
 
 
+@pytest.mark.slow
 def test_revisions_are_told_apart(hub: HubServer, adapter: Path, tmp_path: Path):
     upload(hub, adapter)
     hub.revisions[NAME, "old"] = {**hub.files[NAME], "adapter_config.json": changed(adapter, r=4)}
@@ -151,6 +155,7 @@ def test_revisions_are_told_apart(hub: HubServer, adapter: Path, tmp_path: Path)
     assert adapter_folder(NAME, commit_of(hub.revisions[NAME, "old"])) == old
 
 
+@pytest.mark.slow
 def test_without_a_network_the_cache_is_read(
     hub: HubServer, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -172,6 +177,7 @@ def test_without_a_network_the_cache_is_read(
     assert adapter_folder(NAME) == known.parent / commit_of(hub.files[NAME])
 
 
+@pytest.mark.slow
 def test_what_is_no_adapter(hub: HubServer, adapter: Path, tmp_path: Path):
     upload(hub, tmp_path / "base", "alice/model")
     for name in ("alice/model", "alice/none", "runs/none", str(tmp_path / "none"), "./none", "a/b/c", "no such name"):
@@ -186,6 +192,7 @@ def test_what_is_no_adapter(hub: HubServer, adapter: Path, tmp_path: Path):
     assert adapter_folder(str(adapter)) == adapter
 
 
+@pytest.mark.slow
 def test_faults_are_told_in_a_sentence(hub: HubServer, adapter: Path, tmp_path: Path):
     upload(hub, adapter)
     weights = hub.files[NAME].pop("adapter_model.safetensors")
@@ -204,6 +211,7 @@ def test_faults_are_told_in_a_sentence(hub: HubServer, adapter: Path, tmp_path: 
         job(tmp_path, NAME).base  # noqa: B018
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "compared"), [("acme/sft-adapter", "acme/sft-adapter"), ("sft", None), ("/home/alice/sft", None)]
 )
@@ -221,6 +229,7 @@ def test_an_adapter_that_went_on_from_another(
         assert job(tmp_path, NAME, needing_one).compared_with == compared
 
 
+@pytest.mark.slow
 def test_a_reward_model_s_adapter_scores(hub: HubServer, tmp_path: Path):
     model = AutoModelForSequenceClassification.from_pretrained(save_model(tmp_path / "base"), num_labels=1)
     own = tmp_path / "reward"

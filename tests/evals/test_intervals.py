@@ -19,6 +19,7 @@ USED = [
 """From 20 prompts on; of one answer per prompt results have Wilson's interval."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", USED, ids=lambda case: f"{case.interval}, {case.scores}")
 @pytest.mark.parametrize("prompts", [100, 150])
 def test_from_100_prompts_on_coverage_is_94_to_96_percent(case: intervals.Case, prompts: int):
@@ -47,6 +48,7 @@ def test_what_is_simulated_is_what_results_have():
             assert (estimate.low, estimate.high) == (pytest.approx(low), pytest.approx(high))
 
 
+@pytest.mark.slow
 def test_the_page_is_what_is_measured():
     """The lines that take no time: Wilson, exactly, and the clustered t interval."""
     page = (REPOSITORY / "docs" / "intervals.md").read_text()
@@ -55,6 +57,7 @@ def test_the_page_is_what_is_measured():
         assert line in page
 
 
+@pytest.mark.slow
 def test_compare_keeps_its_level():
     """A line of the page, simulated anew, and one that is neither: a true difference is found far more often."""
     page = (REPOSITORY / "docs" / "intervals.md").read_text()

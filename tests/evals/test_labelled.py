@@ -64,6 +64,7 @@ def clustered(seed: int, prompts: int = 60) -> tuple[np.ndarray, np.ndarray, np.
     return scores, labels, cluster
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_stderr_equals_a_bootstrap_over_prompts(seed: int):
     """Within 15 %; taking rows as independent would be too small by more than that."""

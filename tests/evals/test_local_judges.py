@@ -55,6 +55,7 @@ def judge(folder: Path, name: str, seed: int, **keys: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_judges_come_after_the_policy_and_one_after_the_other(
     stand_ins: StandIns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -87,6 +88,7 @@ def test_judges_come_after_the_policy_and_one_after_the_other(
     assert "127.0.0.1" not in (tmp_path / "out" / "results.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_judge_whose_server_dies_costs_its_evaluation_alone(stand_ins: StandIns, tmp_path: Path):
     stand_ins.do("crash")
     one = judge(tmp_path, "one", 1, mode="pointwise", concurrency=1, attempts=2)

@@ -23,6 +23,7 @@ OTHERS = np.array([1.6, 1.4, 2.2, 0.95])
 BYTES = np.array([120, 90, 200, 100, 180]), np.array([150, 160, 210, 95])
 
 
+@pytest.mark.slow
 def test_extraction_of_the_vector():
     found = extraction([WITHHELD, WITHHELD], [GENERATED, WITHHELD], [TEXTS, (TEXTS[0], TEXTS[0])], ["a", "b"])
     by_document = {name.partition("/")[2]: values for name, values in found.by_prompt.items()}
@@ -151,6 +152,7 @@ def test_zlib_of_the_vector():
     assert zlib_bytes("hello world") == 19
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10_000), st.sampled_from([0.001, 0.01, 0.25, 1.0]))
 def test_rates_are_scikit_learn_s(seed: int, rate: float):
     """With ties, in any number: the last point of the curve that keeps the rate."""
@@ -163,6 +165,7 @@ def test_rates_are_scikit_learn_s(seed: int, rate: float):
     assert found["membership/balanced_accuracy_loss"].value == pytest.approx((1 - (false + 1 - true) / 2).max())
 
 
+@pytest.mark.slow
 def test_a_control_shows_that_the_sets_differ_by_themselves():
     """Members that are easier text for any model: the trained model's loss tells them, and so does the reference's."""
     rng = np.random.default_rng(1)

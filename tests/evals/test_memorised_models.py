@@ -95,6 +95,7 @@ def found(out: Path) -> dict[tuple[str, str], Result]:
     return {(each.metric, each.split): each for each in Results.read(out / "results.json").results}
 
 
+@pytest.mark.slow
 def test_what_was_learned_by_heart_is_written_and_what_was_not_is_not(world: Path, measured: Path):
     """Against greedy decoding one document at a time, token by token, without a cache."""
     tokenizer = AutoTokenizer.from_pretrained(world / "policy")
@@ -151,6 +152,7 @@ def test_vllm_continues_documents_likewise(world: Path, measured: Path):
     assert one["extraction/exact", "all"].value >= 5 / 6
 
 
+@pytest.mark.slow
 def test_losses_tell_what_was_trained_on(world: Path, measured: Path):
     """AUC by scikit-learn, of mean losses from the models' own forward."""
     tokenizer = AutoTokenizer.from_pretrained(world / "policy")
@@ -190,6 +192,7 @@ def test_what_was_left_out_is_counted(measured: Path):
     assert {len(each.by_prompt) for each in scores.values()} == {6}
 
 
+@pytest.mark.slow
 def test_a_prefix_of_its_own_and_rows_with_prompts(world: Path):
     """Of rows, what is withheld lies within the response; the same text as prompt and response is the same document."""
     rows = [{"prompt": text[:6], "completion": text[6:]} for text in texts(6, 0)]

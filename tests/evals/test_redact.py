@@ -88,6 +88,7 @@ def test_nested_values():
     assert public(f"/home/me/{TOKEN}") == "***"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["-", "a-", "--a", ".-", "://a:", "hf_", "_"])
 def test_long_lines_take_no_longer_than_their_length(part):
     """A rule of dashes used to be searched from every dash to its end: minutes for a hundred thousand of them."""

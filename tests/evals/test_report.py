@@ -144,6 +144,7 @@ def test_no_credentials_and_no_paths(tmp_path):
     assert "DPO on tiny" in text_of(page)
 
 
+@pytest.mark.slow
 def test_long_logs_stay_small(tmp_path):
     page = write_report(log(tmp_path, *({"step": s, "loss": 1 / (s + 1), "grad_norm": 1.0} for s in range(20_000))))
     assert page.stat().st_size < 80_000
@@ -190,6 +191,7 @@ EVIL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
 def test_a_browser_runs_and_fetches_nothing(tmp_path):
     """Markup in every string that data or recipe could hold stays text: title unchanged, no request made."""

@@ -44,6 +44,7 @@ def typed(page, selector, text, then):
     assert re.search(then, page.run(FOUND))
 
 
+@pytest.mark.slow
 def test_it_opens_without_a_complaint_and_without_a_request(browser, report):
     page = browser(report.as_uri())
     assert page.complaints == []
@@ -64,6 +65,7 @@ def test_it_opens_without_a_complaint_and_without_a_request(browser, report):
         assert len(names) >= 2, "an axis without a name"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "dark"), [(WIDE, False), (WIDE, True), (NARROW, False), (NARROW, True)])
 def test_it_fits_and_follows_the_reader_s_mode(browser, report, width, dark):
     page = browser(report.as_uri(), width=width, height=844, dark=dark)
@@ -84,6 +86,7 @@ def test_it_fits_and_follows_the_reader_s_mode(browser, report, width, dark):
     assert page.run(f"{texts}.filter(t => t.getBoundingClientRect().height < 8).map(t => t.outerHTML)") == []
 
 
+@pytest.mark.slow
 def test_words_and_phrases_are_found(browser, report):
     page = browser(report.as_uri())
     assert page.run(FOUND) == "1 to 20 of 250"
@@ -112,6 +115,7 @@ def numbers(page, name):
     )
 
 
+@pytest.mark.slow
 def test_filters_and_sorting(browser, report):
     page = browser(report.as_uri())
     page.choose("#f-model", "1")
@@ -143,6 +147,7 @@ def test_filters_and_sorting(browser, report):
     assert page.complaints == []
 
 
+@pytest.mark.slow
 def test_a_link_opens_its_prompt_and_all_answers_stand_side_by_side(browser, report):
     page = browser(report.as_uri() + "#prompt-p00031")
     assert page.run(f"{OPENED}.querySelector('.link').getAttribute('href')") == "#prompt-p00031"
@@ -163,6 +168,7 @@ def test_a_link_opens_its_prompt_and_all_answers_stand_side_by_side(browser, rep
     assert page.complaints == []
 
 
+@pytest.mark.slow
 def test_pairs_of_the_drawing_open_by_mouse_and_by_keyboard(browser, report):
     page = browser(report.as_uri())
     page.run("document.querySelector('svg.pick').scrollIntoView({block: 'center'})")
@@ -187,6 +193,7 @@ def test_pairs_of_the_drawing_open_by_mouse_and_by_keyboard(browser, report):
     assert page.complaints == []
 
 
+@pytest.mark.slow
 def test_a_drawing_is_saved_in_colours_for_paper(browser, report, tmp_path):
     page = browser(report.as_uri(), dark=True, downloads=tmp_path)
     page.run("document.querySelector('#pass-at-k .save').click()")
@@ -202,6 +209,7 @@ def test_a_drawing_is_saved_in_colours_for_paper(browser, report, tmp_path):
     assert page.run("document.documentElement.dataset.mode === undefined")
 
 
+@pytest.mark.slow
 def test_paper_is_white_whatever_the_reader_s_mode(browser, report):
     page = browser(report.as_uri(), dark=True)
     dark = {"name": "prefers-color-scheme", "value": "dark"}
@@ -234,6 +242,7 @@ MADE = {"li", "button", "span", "bdi", "i", "b", "div", "header", "article", "dl
 """Kinds of elements that rows are made of."""
 
 
+@pytest.mark.slow
 def test_texts_are_only_ever_text(browser, tmp_path):
     """No dialog, no request, no element of theirs; and every one of them can be read."""
     run = make_run(tmp_path / "run")
@@ -333,6 +342,7 @@ def test_ten_thousand_pairs_stay_usable(browser, tmp_path):
     assert page.complaints == []
 
 
+@pytest.mark.slow
 def test_several_runs_are_compared(browser, tmp_path):
     runs = [make_evaluated(tmp_path / "dpo"), make_evaluated(tmp_path / "ipo", seed=11, gain=0.0)]
     path = write_comparison(runs, tmp_path / "both.html")

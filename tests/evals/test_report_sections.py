@@ -304,6 +304,7 @@ def judged(folder, share, prompts=40, baseline="acme/sft", model="m"):
     return read_run(folder)
 
 
+@pytest.mark.slow
 def test_all_against_all_fills_in_what_was_never_played(tmp_path):
     """75 % and 50 % against one baseline imply 75 % against each other: log-odds log 3 and 0."""
     runs = [judged(tmp_path / "a", 0.75), judged(tmp_path / "b", 0.5)]
@@ -318,6 +319,7 @@ def test_all_against_all_fills_in_what_was_never_played(tmp_path):
     assert "never judged against each other" in table.notes[0]
 
 
+@pytest.mark.slow
 def test_a_baseline_that_is_a_run_is_that_run(tmp_path):
     runs = [judged(tmp_path / "a", 0.75, baseline="acme/base"), judged(tmp_path / "b", 0.5, model="acme/base")]
     (table,) = all_against_all(runs, {runs[0].name: "a", runs[1].name: "b"})

@@ -78,6 +78,7 @@ def test_prompts_give_intervals_and_tests():
     assert found.results(dataset="d", split="s", step=1)
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_ratio_covers():
     rng = np.random.default_rng(1)
     covered = 0

@@ -51,6 +51,7 @@ def test_a_missing_subset_is_left_out_of_its_section_and_named():
         reward_bench({"mine": measured(0.5)})
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_section_covers():
     rng = np.random.default_rng(0)
     truth = {"mt-bench-easy": 0.8, "mt-bench-med": 0.4, "alpacaeval-easy": 0.6}

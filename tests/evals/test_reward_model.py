@@ -132,6 +132,7 @@ def test_ties_are_half_right_and_as_sure_as_that():
     assert "temperature" not in values, "any would fit"
 
 
+@pytest.mark.slow
 def test_a_perfectly_calibrated_model_has_a_small_error_and_needs_no_temperature():
     rng = np.random.default_rng(3)
     size = rng.exponential(1.5, 4000)
@@ -216,6 +217,7 @@ def test_a_single_pair_has_values_and_no_spread():
             assert result.low is result.high is None, metric
 
 
+@pytest.mark.slow
 def test_an_interval_by_bootstrap_is_that_of_another_one():
     """Against scipy's, of pairs with a prompt each; clusters make it wider."""
     rng = np.random.default_rng(0)
@@ -327,6 +329,7 @@ def by_row(margins: Any, **more: Any) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.slow
 def test_every_metric_of_pairs_comes_from_rows():
     results = measure(by_row(MARGINS), range(8), **NAMES)
     assert [result.metric for result in results] == [name for name in METRICS if name in of_pairs(pairs(MARGINS))]
@@ -507,6 +510,7 @@ def card_of(path: Path, **changes: Any) -> tuple[dict[str, Any], str]:
     return yaml.safe_load(front), body
 
 
+@pytest.mark.slow
 def test_the_card_of_a_reward_model(tmp_path: Path):
     front, body = card_of(run_of(tmp_path / "run"))
     assert front["pipeline_tag"] == "text-classification"
@@ -536,6 +540,7 @@ def test_a_language_model_s_card_is_as_it_was(tmp_path: Path):
     assert "model.generate" in body
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [True, False])
 @pytest.mark.parametrize("chat", [True, False])
 @pytest.mark.parametrize("outputs", [("reward",), ("helpfulness", 'a "b"')])

@@ -62,6 +62,7 @@ def section(way: str = "auto") -> ModelSection:
     return ModelSection(model_name_or_path="unused", attn_implementation=way)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "mamba"])
 def test_one_pass_equals_loops_over_tokens(table: TokenTable, name: str):
     with float64_throughout():
@@ -74,6 +75,7 @@ def test_one_pass_equals_loops_over_tokens(table: TokenTable, name: str):
         np.testing.assert_allclose(found[key], values, rtol=1e-9, atol=1e-9, err_msg=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", ["auto", 40])
 @pytest.mark.parametrize("way", ["sdpa", "eager", "align_segments"])
 def test_batches_and_attention_change_nothing(table: TokenTable, way: str, budget: int | str):

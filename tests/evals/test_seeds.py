@@ -33,6 +33,7 @@ def test_prompts_that_agree_leave_the_spread_of_seeds():
     assert found.high - found.value == pytest.approx(4.302653 * found.stderr)
 
 
+@pytest.mark.slow
 def test_coverage_with_five_seeds():
     rng = np.random.default_rng(1)
     covered = differences = false = 0

@@ -195,6 +195,7 @@ def test_the_permutation_test_keeps_its_level(prompts: int):
     assert (2 * stdtr(prompts - 1, -np.abs(t)) <= 0.05).mean() == pytest.approx(0.05, abs=0.01)
 
 
+@pytest.mark.slow
 def test_mcnemar_never_exceeds_its_level_and_mid_p_comes_nearer():
     rng = np.random.default_rng(2)
     hard = rng.beta(1, 1, (150, SIMULATIONS))

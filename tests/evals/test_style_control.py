@@ -114,6 +114,7 @@ def test_one_model_at_equal_style_by_hand():
     assert (found.n, found.clusters) == (120, 60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theta", [0.0, 0.8])
 def test_the_interval_at_equal_style_covers(theta: float):
     """Two games of each of 100 prompts, decided together; 5,000 times."""

@@ -50,6 +50,7 @@ def values(found):
     return {name: each.value for name, each in estimates.items()}
 
 
+@pytest.mark.slow
 def test_everything_by_hand():
     """raw (.875 + .5 + .5)/3; first shown wins 1, 0, 1, 1 of four games; one of three asked has no verdict.
 
@@ -127,6 +128,7 @@ def test_judges_agree_on_whom_they_prefer():
     assert compared(one, two).estimates["judge/agreement"].value == pytest.approx(2 / 3)
 
 
+@pytest.mark.slow
 def test_strengths_of_a_model_that_meets_all():
     """Against a single opponent the win rate is the mean score; Elo is 1000 + 400·log₁₀(odds)."""
     found = strengths([played(None, [1, 1, 1, 0]), played(None, [1, 0, 0.5, NAN], baseline="other")], "base")

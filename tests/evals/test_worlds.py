@@ -33,6 +33,7 @@ def measured(policy: tuple[Any, Any]) -> tuple[Answers, dict, dict]:
     return answers, values(answers(*policy, 0)), values(answers(*policy, 5))
 
 
+@pytest.mark.slow
 def test_the_start_compared_with_itself_is_near_one_half(measured: tuple[Answers, dict, dict]):
     _, start, _ = measured
     for split in ("held out", "held out templates"):
@@ -42,6 +43,7 @@ def test_the_start_compared_with_itself_is_near_one_half(measured: tuple[Answers
         assert win_rate.value != 0.5  # two draws, not one with itself
 
 
+@pytest.mark.slow
 def test_a_policy_that_did_not_change_gives_the_same_answers(measured: tuple[Answers, dict, dict]):
     """The same seed: the very samples of the start, so that what differs later is the policy's."""
     _, start, later = measured
@@ -65,6 +67,7 @@ def test_splits_are_reported_apart(measured: tuple[Answers, dict, dict]):
     assert result.extra["seed"] == 7
 
 
+@pytest.mark.slow
 def test_shares_are_of_right_answers(measured: tuple[Answers, dict, dict], policy: tuple[Any, Any]):
     """Recounted from the samples themselves; the shipped policy gets some right and some wrong."""
     from align.sampling import sample
@@ -79,6 +82,7 @@ def test_shares_are_of_right_answers(measured: tuple[Answers, dict, dict], polic
     assert 0.1 < start["held out", "answers/accuracy"].value < 0.9
 
 
+@pytest.mark.slow
 def test_a_goal_reaches_the_samples(policy: tuple[Any, Any]):
     """The shipped policy has never seen a goal before a question, and answers otherwise."""
     asked = {"held_out": problems("held_out", 4, seed=3)}

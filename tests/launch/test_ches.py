@@ -29,6 +29,7 @@ def test_fifths_are_in_order_and_of_one_size():
     assert [rows.tolist() for rows in found] == [[1, 3], [4, 2], [0, 9], [8, 7], [6, 5]]
 
 
+@pytest.mark.slow
 def test_a_step_is_a_whole_batch_however_it_is_split(monkeypatch: pytest.MonkeyPatch):
     """Runs that differ in nothing but their pairs: neither microbatches nor the order of rows change one."""
     made = drawn("one_digit", "train", 10, seed=3)

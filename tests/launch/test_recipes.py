@@ -36,6 +36,7 @@ COMPLETE = ("report.html", "README.md", "results.json", "recipe.yaml", "metrics.
 every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 
 
+@pytest.mark.slow
 @every_recipe
 def test_reads_back_to_itself(path: Path, tmp_path: Path):
     recipe = read_recipe(path)
@@ -206,6 +207,7 @@ def test_the_recipe_for_evaluation_explains_every_key():
     assert {key for key, explained in commented.items() if not explained} <= {"split", "temperature"}
 
 
+@pytest.mark.slow
 def test_every_objective_has_a_recipe():
     """One recipe for each objective, modifier, token weight, regularizer and relabeler."""
     used: set[str] = set()

@@ -47,6 +47,7 @@ def test_the_error_belongs_to_the_answer_and_grows_with_its_size(problem: Proble
     )
 
 
+@pytest.mark.slow
 def test_errors_have_the_heavy_tail_of_two_degrees_of_freedom(problem: Problem):
     """|t| exceeds 0.816 half of the time, 4.303 in 5 % and 9.925 in 1 %, as tables say."""
     errors = np.abs([noisy_reward(problem, answer, 1.0) for answer in range(10_000, 30_000)])

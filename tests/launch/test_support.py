@@ -19,6 +19,7 @@ def test_the_page_is_up_to_date():
     assert support_page.PAGE.read_text(encoding="utf-8") == support_page.page()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_what_engines_are_tested_with_is_supported(engine: str, tmp_path: Path):
     refused = [

@@ -180,6 +180,7 @@ def test_mpo_is_a_list_of_three():
     assert loss_and_grad(listed, tv1("chosen", "rejected"))[0].item() == pytest.approx(1.901596, **SIX_PLACES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cls", "transcribed"),
     [
@@ -199,6 +200,7 @@ def test_they_are_what_the_papers_say(
     assert_transcribed(objective, batch, *transcriptions_pairs.over_rows(transcribed(beta=beta), *four(batch)))
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 1000),
     beta=st.sampled_from([0.01, 0.1, 2.0]),
@@ -216,6 +218,7 @@ def test_paired_bco_is_what_the_paper_says(seed: int, beta: float, scale: float,
     assert_transcribed(BCOPair(beta=beta, shift="none"), batch, *plain)
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 1000), cut=st.integers(0, 5))
 def test_the_shift_is_the_mean_of_all_rewards_so_far(seed: int, cut: int):
     """Over two steps, the second of two microbatches, as the transcription of unpaired BCO's has it."""

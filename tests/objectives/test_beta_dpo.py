@@ -95,6 +95,7 @@ def test_known_numbers():
     assert [math.exp(each) for each in log_weights[::3]] == pytest.approx([0.0023, 0.88], abs=6e-3)
 
 
+@pytest.mark.slow
 @given(
     seed=SEEDS, a=st.sampled_from([0.0, 0.6, 5.0]), filtered=st.sampled_from([0.0, 0.2, 0.5]), steps=st.integers(1, 3)
 )
@@ -147,6 +148,7 @@ def test_how_many_rows_are_learned_from(rows: int, filtered: float, number: int)
     assert len(selected(objective, batch)) == number
 
 
+@pytest.mark.slow
 @given(seed=SEEDS, order=st.permutations(range(8)))
 def test_the_selection_moves_with_its_rows(seed: int, order: list[int]):
     objective = BetaDPO(filtered=0.5)
@@ -157,6 +159,7 @@ def test_the_selection_moves_with_its_rows(seed: int, order: list[int]):
     )
 
 
+@pytest.mark.slow
 @given(seed=SEEDS, extra=st.integers(1, 20))
 def test_the_selection_does_not_depend_on_padding(seed: int, extra: int):
     objective = BetaDPO(filtered=0.5)
@@ -164,6 +167,7 @@ def test_the_selection_does_not_depend_on_padding(seed: int, extra: int):
     assert selected(objective, own_step(objective, with_columns(batch, extra))) == selected(objective, batch)
 
 
+@pytest.mark.slow
 @given(seed=SEEDS, cuts=st.lists(st.integers(0, 8), min_size=1, max_size=3))
 def test_the_selection_is_one_for_the_whole_step(seed: int, cuts: list[int]):
     """Numbers of microbatches, gathered as they come: the same rows, the same β, loss and gradient."""
@@ -226,6 +230,7 @@ def without_replacement(weights: Sequence[float], number: int) -> dict[tuple[int
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_rows_are_drawn_in_proportion_to_their_weights(number: int):
     """Weights 1, 0.6, 0.3 and 0.1; 2000 draws, each share within four standard errors of its probability."""
@@ -246,6 +251,7 @@ def test_outliers_are_left_out_even_where_all_weights_underflow():
     assert kept.tolist() == [True, True, False, False]
 
 
+@pytest.mark.slow
 def test_rows_that_say_the_same_are_drawn_for_themselves():
     """Answers repeat in a step ("Yes" against "No", to different prompts): their noise must not be one and the same.
 

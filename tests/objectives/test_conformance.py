@@ -307,6 +307,7 @@ def assert_gradients_are_finite_differences(objective: Objective, batch: LegBatc
         assert not loss_and_grad(objective, batch)[1][name].any(), name
 
 
+@pytest.mark.slow
 @every_case
 def test_gradients_are_finite_differences(name: str, weighted: bool):
     for seed, objective in enumerate(variants(name)):
@@ -342,6 +343,7 @@ def assert_masked_places_change_nothing(objective: Objective, batch: LegBatch, j
             assert torch.equal(value, observed[key]), key
 
 
+@pytest.mark.slow
 @every_case
 @given(seed=seeds, later=st.booleans(), junk=st.sampled_from([math.nan, math.inf, -math.inf, 1e30, 0.0]))
 def test_masked_places_change_nothing(name: str, weighted: bool, seed: int, later: bool, junk: float):
@@ -380,6 +382,7 @@ def assert_microbatches_add_up(objective: Objective, batch: LegBatch, cuts: Sequ
             assert torch.equal(torch.cat([each[key] for each in passes]), values), key
 
 
+@pytest.mark.slow
 @every_case
 @given(seed=seeds, later=st.booleans(), cuts=st.lists(st.integers(0, 6), min_size=1, max_size=3))
 def test_microbatches_add_up(name: str, weighted: bool, seed: int, later: bool, cuts: list[int]):
@@ -405,6 +408,7 @@ def assert_rows_may_be_permuted(objective: Objective, batch: LegBatch, order: Se
             break
 
 
+@pytest.mark.slow
 @every_case
 @given(seed=seeds, later=st.booleans(), order=st.permutations(range(5)))
 def test_rows_may_be_permuted(name: str, weighted: bool, seed: int, later: bool, order: list[int]):
@@ -433,6 +437,7 @@ def assert_padding_columns_change_nothing(objective: Objective, batch: LegBatch,
             assert_close(value, observed[key], **FP64_ROUNDING)
 
 
+@pytest.mark.slow
 @every_case
 @given(seed=seeds, later=st.booleans(), extra=st.integers(1, 40))
 def test_padding_columns_change_nothing(name: str, weighted: bool, seed: int, later: bool, extra: int):
@@ -460,6 +465,7 @@ def assert_finite(objective: Objective, batch: LegBatch) -> None:
             assert value.isfinite(), key
 
 
+@pytest.mark.slow
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 def test_finite_everywhere(name: str, weighted: bool, dtype: torch.dtype):
@@ -494,6 +500,7 @@ def test_empty_responses_are_finite(name: str):
 # (7)
 
 
+@pytest.mark.slow
 @every_case
 def test_step0_is_what_it_says(name: str, weighted: bool):
     for objective in variants(name):
@@ -505,6 +512,7 @@ def test_step0_is_what_it_says(name: str, weighted: bool):
             assert loss.item() == pytest.approx(objective.step0, rel=1e-12), rows
 
 
+@pytest.mark.slow
 @every_objective
 def test_step0_is_given_where_it_exists(name: str):
     """None is for losses that depend on the data even where the policy is the reference."""
@@ -517,6 +525,7 @@ def test_step0_is_given_where_it_exists(name: str):
 # (8)
 
 
+@pytest.mark.slow
 @every_objective
 def test_what_was_declared_is_asked_for_by_name(name: str):
     """What data or trainer failed to supply is a clear error, not a wrong number."""
@@ -550,6 +559,7 @@ def test_what_was_declared_is_asked_for_by_name(name: str):
                     objective(replace(batch, **{missing: None}))
 
 
+@pytest.mark.slow
 @every_objective
 def test_what_was_not_declared_is_not_read(name: str):
     """A further leg, a reference, labels, ratios, scores, extras, values, a step: undeclared, and full of NaN."""
@@ -584,6 +594,7 @@ def test_what_was_not_declared_is_not_read(name: str):
             assert torch.equal(objective(more).loss(counts), expected.loss(counts))
 
 
+@pytest.mark.slow
 @every_objective
 def test_token_weights_act_on_likelihood_terms_only(name: str):
     """Weights change the loss on the legs that the objective declares for them, and nothing on others."""
@@ -629,6 +640,7 @@ def assert_constants_get_no_gradient(objective: Objective, batch: LegBatch) -> N
     assert any(values.grad is not None for values in inputs_of(attached).values())
 
 
+@pytest.mark.slow
 @every_case
 def test_constants_get_no_gradient(name: str, weighted: bool):
     """Reference, scores, targets' values, what a weight is made of, what the step knows of other rows."""
@@ -653,6 +665,7 @@ def assert_metrics_carry_no_graph(objective: Objective, batch: LegBatch) -> None
         assert term.per in counts, key
 
 
+@pytest.mark.slow
 @every_case
 def test_metrics_carry_no_graph_and_have_counts(name: str, weighted: bool):
     for objective in variants(name):
@@ -741,6 +754,7 @@ def test_recipe_to_objective_to_recipe_is_the_identity(name: str):
         assert json.loads(json.dumps(asdict(again))) == recipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "key", "value"),
     [(name, key, value) for (name, key), values in KEYS.items() for value in values.refused],
@@ -760,6 +774,7 @@ def test_values_that_exclude_each_other_are_refused_by_name(name: str, config: d
         build(name, **config)
 
 
+@pytest.mark.slow
 @every_objective
 def test_idle_keys_have_no_effect(name: str):
     """What ``idle`` names is a key, has a reason, and may take any other value without changing the loss."""

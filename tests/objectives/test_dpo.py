@@ -122,6 +122,7 @@ def test_metrics_by_hand():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 0.4])
 @given(seed=st.integers(0, 1000), beta=st.sampled_from([0.01, 0.1, 1.0, 5.0]), scale=st.sampled_from([0.1, 1.0, 30.0]))
 def test_dpo_is_what_the_paper_says(label_smoothing: float, seed: int, beta: float, scale: float):
@@ -264,6 +265,7 @@ def test_cal_dpo_holds_log_ratios_near_their_targets():
     assert slopes[1] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "transcribed"),
     [

@@ -185,6 +185,7 @@ def test_discopop_is_what_the_paper_says(seed: int, beta: float, tau: float, sca
     assert_transcribed(DiscoPOP(beta=beta, tau=tau), batch, *expected)
 
 
+@pytest.mark.slow
 @given(seed=SEEDS)
 def test_at_the_reference_they_want_what_dpo_wants(seed: int):
     """Chosen responses up and rejected ones down; all but DiscoPOP."""

@@ -456,6 +456,7 @@ def batches(objective: Objective) -> list[LegBatch]:
     return [make_batch(objective, seed=seed, rows=4) for seed in range(5)]
 
 
+@pytest.mark.slow
 @over(OF_SUMS)
 @pytest.mark.parametrize("alpha", [-0.05, 0.01, 0.3])
 def test_r_dpo_is_what_the_paper_says(inner: Inner, alpha: float):
@@ -465,6 +466,7 @@ def test_r_dpo_is_what_the_paper_says(inner: Inner, alpha: float):
         assert_transcribed(objective, batch, *transcriptions_pairs.over_rows(row, *four(batch)))
 
 
+@pytest.mark.slow
 @over([*OF_SUMS, *PER_TOKEN])
 @pytest.mark.parametrize(("kind", "alpha"), [("forward_kl", 0.5), ("js", 0.5), ("alpha", 0.5), ("alpha", 0.0)])
 def test_f_divergences_are_what_the_paper_says(inner: Inner, kind: str, alpha: float):
@@ -474,6 +476,7 @@ def test_f_divergences_are_what_the_paper_says(inner: Inner, kind: str, alpha: f
         assert_transcribed(objective, batch, *transcriptions_pairs.over_rows(row, *four(batch)))
 
 
+@pytest.mark.slow
 @over([*OF_SUMS, *OF_EACH_REWARD])
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.3])
 @pytest.mark.parametrize("applies_to", ["both", "policy"])
@@ -487,6 +490,7 @@ def test_ld_dpo_is_what_the_paper_says(inner: Inner, alpha: float, applies_to: s
         assert_transcribed(objective, batch, *expected)
 
 
+@pytest.mark.slow
 @over([*OF_SUMS, *PER_TOKEN, *OF_EACH_REWARD])
 @pytest.mark.parametrize("clamp", [True, False])
 def test_wpo_is_what_the_paper_says(inner: Inner, clamp: bool):
@@ -498,6 +502,7 @@ def test_wpo_is_what_the_paper_says(inner: Inner, clamp: bool):
         assert_transcribed(objective, batch, *expected)
 
 
+@pytest.mark.slow
 @over([*OF_SUMS, *PER_TOKEN, *OF_EACH_REWARD])
 @pytest.mark.parametrize("scaling", [0.1, 3.0])
 def test_mm_dpo_is_what_the_paper_says(inner: Inner, scaling: float):
@@ -585,6 +590,7 @@ def test_in_a_list_a_modifier_acts_on_what_it_makes_sense_for():
     assert loss == pytest.approx(0.8 * 0.728179 + 0.2 * 1.405864 + 1.050000, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "named", [("r_dpo", "wpo"), ("f_divergence", "r_dpo"), ("ld_dpo", "mm_dpo"), ("wpo", "ld_dpo")]
 )
@@ -624,6 +630,7 @@ def test_a_modifier_named_twice_is_refused():
 # the laws
 
 
+@pytest.mark.slow
 @every_combination
 def test_gradients_are_finite_differences(modifier: str, name: str):
     for seed, objective in enumerate(accepted(modifier, name)):
@@ -632,6 +639,7 @@ def test_gradients_are_finite_differences(modifier: str, name: str):
         assert_gradients_are_finite_differences(objective, batch)
 
 
+@pytest.mark.slow
 @every_combination
 def test_microbatches_add_up(modifier: str, name: str):
     for objective in accepted(modifier, name):
@@ -639,6 +647,7 @@ def test_microbatches_add_up(modifier: str, name: str):
             assert_microbatches_add_up(objective, make_batch(objective, seed=seed, rows=5, later=seed == 1), cuts)
 
 
+@pytest.mark.slow
 @every_combination
 def test_rows_may_be_permuted(modifier: str, name: str):
     for objective in accepted(modifier, name):
@@ -646,6 +655,7 @@ def test_rows_may_be_permuted(modifier: str, name: str):
             assert_rows_may_be_permuted(objective, make_batch(objective, seed=seed, rows=5, later=seed == 1), order)
 
 
+@pytest.mark.slow
 @every_combination
 def test_padding_columns_change_nothing(modifier: str, name: str):
     for objective in accepted(modifier, name):
@@ -653,6 +663,7 @@ def test_padding_columns_change_nothing(modifier: str, name: str):
             assert_padding_columns_change_nothing(objective, make_batch(objective, seed=seed), extra)
 
 
+@pytest.mark.slow
 @every_combination
 def test_masked_places_change_nothing(modifier: str, name: str):
     for objective in accepted(modifier, name):
@@ -661,6 +672,7 @@ def test_masked_places_change_nothing(modifier: str, name: str):
             assert_masked_places_change_nothing(objective, batch, junk)
 
 
+@pytest.mark.slow
 @every_combination
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 def test_finite_everywhere(modifier: str, name: str, dtype: torch.dtype):
@@ -749,6 +761,7 @@ def test_needs_are_the_inner_ones_and_the_modifiers(modifier: str, name: str):
                 objective(replace(batch, legs=legs))
 
 
+@pytest.mark.slow
 @every_combination
 def test_a_modifier_is_the_only_difference(modifier: str, name: str):
     """It logs all that the inner objective logs; TR-DPO, which acts on the reference, changes no number."""

@@ -68,6 +68,7 @@ def small(trl: ModuleType) -> dict[str, Any]:
     return importlib.import_module("tests.vectors.make.writing").SMALL
 
 
+@pytest.mark.slow
 def test_dynamic_fine_tuning_of_trl_gives_what_is_on_record(trl: ModuleType):
     for case in contents("weights/dft")["cases"]:
         response = case["legs"]["response"]
@@ -78,6 +79,7 @@ def test_dynamic_fine_tuning_of_trl_gives_what_is_on_record(trl: ModuleType):
             assert found == pytest.approx(on_record[: len(found)], rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_trl_gives_what_is_on_record(script: str, monkeypatch: pytest.MonkeyPatch):
     files = imported(monkeypatch, script).files()
@@ -134,6 +136,7 @@ def ours_in_halves(objective: Objective, legs: dict[str, Any]) -> float:
     return sum(objective(part).loss(batch.counts()).item() for part in parts)
 
 
+@pytest.mark.slow
 def test_sigmoid_of_trl_ignores_label_smoothing(trl: ModuleType, small: dict[str, Any]):
     """Since 0.29: ε has no effect there, where cDPO would cost 0.709279."""
     plain, smoothed = (trl.dpo(small, loss_type="sigmoid", beta=0.1, label_smoothing=eps)[0] for eps in (0.0, 0.1))

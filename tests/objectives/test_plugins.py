@@ -45,6 +45,7 @@ def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_it_is_listed_like_the_others(package: Path):
     shown = run(package, "objectives", "show", "squared_hinge")
     assert "loss = max(0, 1 − m)²" in shown.stdout, shown.stderr
@@ -71,6 +72,7 @@ def test_one_command_applies_the_whole_suite(package: Path):
     assert broken.returncode == 1, broken.stdout
 
 
+@pytest.mark.slow
 def test_a_broken_package_is_named(package: Path, tmp_path: Path):
     about = tmp_path / "broken-0.1.dist-info"
     about.mkdir()

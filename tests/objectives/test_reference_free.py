@@ -97,6 +97,7 @@ def test_what_cpo_needs():
         CPO(link="ipo", label_smoothing=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("link", "label_smoothing"), [("sigmoid", 0.0), ("sigmoid", 0.1), ("hinge", 0.0), ("ipo", 0.0)]
 )

@@ -148,6 +148,7 @@ def test_show_answers_a_misspelling(capsys: pytest.CaptureFixture[str]):
     assert "unknown name 'dop'; did you mean 'dpo'?" in captured.err
 
 
+@pytest.mark.slow
 def test_the_command_itself():
     """Once as users run it: exit status 2, one line on stderr, no traceback."""
     ran = subprocess.run(

@@ -87,6 +87,7 @@ def test_a_margin_that_follows_the_scores_costs_nothing(distance: str):
     assert slopes[2] < 0 < slopes[3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("distance", "ours"), OURS.items())
 @given(
     seed=st.integers(0, 1000),

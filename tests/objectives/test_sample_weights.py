@@ -129,6 +129,7 @@ def test_no_gradient_goes_through_them(name: str, seed: int):
     assert loss.isfinite()
 
 
+@pytest.mark.slow
 @every
 @given(seed=seeds, cut=st.integers(0, 6))
 def test_parts_of_a_step_add_up(name: str, seed: int, cut: int):

@@ -83,6 +83,7 @@ def test_known_numbers():
     assert loss_and_grad(AOTUnpaired(beta=0.1), batch)[0].item() == pytest.approx(0.697861, **SIX_PLACES)
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @given(seed=SEEDS, beta=st.sampled_from([0.01, 0.1, 2.0]), scale=SCALES, rows=st.integers(1, 6))
@@ -95,6 +96,7 @@ def test_they_are_what_the_paper_says(
     assert_transcribed(objective, batch, *expected)
 
 
+@pytest.mark.slow
 @both
 @given(seed=SEEDS, label_smoothing=st.sampled_from([0.0, 0.2]))
 def test_a_step_of_one_row_is_dpo(cls: type[AOT | AOTUnpaired], seed: int, label_smoothing: float):
@@ -106,6 +108,7 @@ def test_a_step_of_one_row_is_dpo(cls: type[AOT | AOTUnpaired], seed: int, label
         assert_close(slopes, dpo_grad[name], **FP64_ROUNDING)
 
 
+@pytest.mark.slow
 @both
 @given(seed=SEEDS, cuts=st.lists(st.integers(0, 6), min_size=1, max_size=3))
 def test_the_sort_is_of_the_whole_step(cls: type[AOT | AOTUnpaired], seed: int, cuts: list[int]):

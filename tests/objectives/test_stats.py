@@ -162,6 +162,7 @@ def test_ties_are_one_half():
     assert beats(infinite, infinite).tolist() == [0.5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("binary", [False, True], ids=["scores", "binary"])
 def test_intervals_cover(binary: bool):
     """95 % of 4000 intervals, from 150 prompts with 1 to 4 correlated items each, contain the truth.
@@ -182,6 +183,7 @@ def test_intervals_cover(binary: bool):
     assert 0.94 <= covered / trials <= 0.96
 
 
+@pytest.mark.slow
 def test_wilson_intervals_cover():
     """The same for independent items; the average over true shares, since coverage of a proportion jumps with it."""
     generator = np.random.default_rng(6)

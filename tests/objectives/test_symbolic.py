@@ -96,6 +96,7 @@ def counted(keys: dict[str, str], probabilities: dict[str, float]) -> tuple[floa
     return up, down
 
 
+@pytest.mark.slow
 @given(values=st.lists(st.floats(0.01, 0.99), min_size=4, max_size=4), name=st.sampled_from(sorted(TABLE)))
 def test_counting_is_adding_up_worlds(values: list[float], name: str):
     keys = TABLE[name][0]
@@ -117,6 +118,7 @@ PLAIN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KNOWN)
 def test_a_known_program_is_the_loss_it_is_said_to_be(name: str):
     """Loss and gradient of the compiled program are those of the registered loss, on random batches."""
@@ -144,6 +146,7 @@ def test_every_known_program_is_of_a_registered_loss():
 PROGRAMS = {name: known.program for name, known in KNOWN.items()} | dict(UNREGISTERED)
 
 
+@pytest.mark.slow
 @given(
     values=st.lists(st.floats(0.01, 0.99), min_size=4, max_size=4),
     names=st.tuples(st.sampled_from(sorted(PROGRAMS)), st.sampled_from(sorted(PROGRAMS))),
@@ -267,6 +270,7 @@ def test_sums_make_programs_with_complements_one():
     assert not torch.isclose(means[0], means[1], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_explain_on_the_command_line():
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -100,6 +100,7 @@ def test_known_numbers():
         assert loss_and_grad(objective, batch)[0].item() == pytest.approx(expected, **SIX_PLACES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [None, 0.0, 0.5, 2.0])
 @given(seed=st.integers(0, 1000), beta=st.sampled_from([0.01, 0.1, 2.0]), scale=st.sampled_from([0.1, 1.0, 30.0]))
 def test_tdpo_is_what_the_paper_says(alpha: float | None, seed: int, beta: float, scale: float):

@@ -200,6 +200,7 @@ def taus(weight: AdaptiveWeight, leg: Leg) -> list[Tensor]:
     return [weight.tau(weight.losses(leg)), weight.tau(torch.zeros(1, dtype=torch.float64)), number(math.inf)]
 
 
+@pytest.mark.slow
 @every_adaptive
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 def test_adaptive_weights_are_positive_and_at_most_one(name: str, dtype: torch.dtype):

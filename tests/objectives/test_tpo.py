@@ -180,6 +180,7 @@ def transcribed_legs(batch: LegBatch) -> list[transcriptions.Ragged]:
     return [ragged(batch[name].logps, batch[name]) for name in TRIPLE]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("link", "label_smoothing"), [("sigmoid", 0.0), ("sigmoid", 0.1), ("sigmoid", 0.4), ("hinge", 0.0), ("ipo", 0.0)]
 )
@@ -201,6 +202,7 @@ def test_tpo_is_what_the_paper_says(
     assert_transcribed(objective, batch, *expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 0.4])
 @given(seed=SEEDS, beta=BETAS, gamma=st.sampled_from([0.0, 1.6, 10.0]), scale=SCALES, weighted=st.booleans())
 def test_tpo_l_is_what_the_paper_says(

@@ -267,6 +267,7 @@ def test_fitted_and_observed_temperatures_live_together():
 # What weights do to losses and counts.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [of(TALR()), of(FLOW()), of(FLOW(), TALR())], ids=["talr", "flow", "both"])
 @given(seed=seeds)
 def test_no_gradient_goes_through_weights(parts: Weighting, seed: int):
@@ -282,6 +283,7 @@ def test_no_gradient_goes_through_weights(parts: Weighting, seed: int):
     assert_close(grad["gold"][leg.mask], expected[leg.mask], rtol=1e-14, atol=0)
 
 
+@pytest.mark.slow
 @given(seed=seeds, scale=st.sampled_from([0.0, 1.0, 1e5]))
 def test_adaptive_weights_change_no_count(seed: int, scale: float):
     """What a loss is divided by is known before the forward."""
@@ -292,6 +294,7 @@ def test_adaptive_weights_change_no_count(seed: int, scale: float):
     assert parts.apply(batch, state, whole_step=True)[0].counts() == batch.counts()
 
 
+@pytest.mark.slow
 @given(seed=seeds)
 def test_masks_reduce_counts_and_only_of_their_leg(seed: int):
     batch = make_batch(mixture([("sft", SFT(), 1.0), ("sft", SFT(leg="chosen"), 1.0)]), seed=seed, rows=6)
@@ -303,6 +306,7 @@ def test_masks_reduce_counts_and_only_of_their_leg(seed: int):
     assert parts.apply(kept, parts.init_state(), whole_step=True)[0].counts() == after
 
 
+@pytest.mark.slow
 @given(seed=seeds)
 def test_weights_multiply_in_any_order(seed: int):
     """Bit for bit: goldfish is 0 or 1, and a product of two does not depend on the order."""
@@ -327,6 +331,7 @@ def test_weights_multiply_in_any_order(seed: int):
     assert_close(applied["chosen"].weight[mask], product[mask], **FP64_ROUNDING)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [SFT(leg="chosen"), IRPO(), IRPO(form="sequence"), RPO(), RPO(form="average")])
 @given(seed=seeds, cut=st.integers(0, 6))
 def test_microbatches_add_up(objective: Objective, seed: int, cut: int):
@@ -345,6 +350,7 @@ def test_microbatches_add_up(objective: Objective, seed: int, cut: int):
         assert sum(m.count for m in each) == metric.count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e3, 1e5])
 def test_finite_everywhere(dtype: torch.dtype, scale: float):
