@@ -284,11 +284,10 @@ def _encode(rendered: Sequence[Rendered], legs: Sequence[str], codec: Codec) -> 
     streams = {}
     # Chat templates write their own special tokens; plain text gets the ones the tokenizer adds (BOS).
     for chat in (False, True):
-        chosen = [
-            text for row in rendered if row.chat is chat for text in (row.prompt, *(row.full[leg] for leg in legs))
-        ]
-        streams[chat] = iter(codec.encode(chosen, special=not chat))
-    return [(next(streams[row.chat]), {leg: next(streams[row.chat]) for leg in legs}) for row in rendered]
+        chosen = [(row.prompt, [row.full[leg] for leg in legs]) for row in rendered if row.chat is chat]
+        streams[chat] = iter(codec.encode_rows(chosen, special=not chat))
+    found = (next(streams[row.chat]) for row in rendered)
+    return [(prompt, dict(zip(legs, full, strict=True))) for prompt, *full in found]
 
 
 def _finish(row: Row, chat: bool, ids: Ids, codec: Codec, policy: TokenPolicy, stats: TokenStats) -> Ids | str:
