@@ -345,20 +345,25 @@ def _of_rows(
     with without_random_numbers():
         once, twice = traced(some), traced(np.concatenate([some, some]))
         whole = _largest_layer(recipe, config)
-    more = twice + once * -1.0
     # Logits are there a chunk at a time. What is traced lies on a CPU, whatever the run's device.
     vocabulary = _vocabulary(config)
     tokens, tokens_of_some = (
         sum(int(leg.lengths()[each].sum()) for leg in table.legs.values()) for each in (rows, some)
     )
-    of_all = min(positions_per_chunk(vocabulary, device), tokens)
-    of_twice = min(positions_per_chunk(vocabulary, torch.device("cpu")), 2 * tokens_of_some)
-    logits = twice.logits * of_all / of_twice
+    chunk, chunk_of_some = (positions_per_chunk(vocabulary, each) for each in (device, torch.device("cpu")))
+    logits = twice.logits * min(chunk, tokens) / min(chunk_of_some, 2 * tokens_of_some)
+
+    def again(tokens: float, chunk: int) -> float:
+        return once.head * max(tokens - chunk, 0.0)
+
+    first = once.total_flops - again(tokens_of_some, chunk_of_some)
+    further = twice.total_flops - again(2 * tokens_of_some, chunk_of_some) - first
 
     def of(times: float) -> Traced:
-        found = once + more * (times - 1)
+        found = once + (twice + once * -1.0) * (times - 1)
         peaks = {moment: max(getattr(found, moment), 0.0) + whole for moment in MOMENTS}
-        return replace(found, calls=once.calls, logits=logits, **peaks)
+        total = first + further * (times - 1) + again(times * tokens_of_some, chunk)
+        return replace(found, calls=once.calls, total_flops=total, logits=logits, **peaks)
 
     return of(plan.positions(rows) / plan.positions(some)), of(0.0)
 

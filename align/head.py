@@ -7,7 +7,7 @@ For logits z = f(W h + b), p = softmax z and an upstream slope g of logp = z[tar
 One buffer holds the logits of a chunk of positions and is used again for the next, in both passes, so that no other
 array is as wide as the vocabulary. Where the head is frozen, (onehot − p) W is taken in the forward pass, from logits
 that are there anyhow: the backward pass has nothing left to do, and a product in three is saved. Where it is trained,
-logits are computed again.
+logits are computed again, but for the last chunk, whose p is still in the buffer when the backward pass begins with it.
 """
 
 from __future__ import annotations
@@ -64,23 +64,33 @@ class Chunks:
 
 
 class _Logits:
-    """Logits of one chunk after another, in float32 or better, written over one another."""
+    """Logits of one chunk of positions or another, in float32 or better, written over one another.
+
+    The first chunk is the one that may be short, so that the last, which the buffer holds longest, never is.
+    """
 
     def __init__(self, states: Tensor, weight: Tensor, bias: Tensor | None, chunks: Chunks, dtype: torch.dtype) -> None:
         self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         self.states, self.chunks, self.dtype = states, chunks, dtype
-        rows = min(chunks.size, len(states))
-        self.buffer = torch.empty(rows, len(weight), dtype=dtype, device=states.device)
         self.precise = torch.promote_types(dtype, torch.float32)
+        ends = list(range(len(states), 0, -chunks.size))[::-1]
+        self.slices = [slice(max(end - chunks.size, 0), end) for end in ends]
+        self._buffer: Tensor | None = None
 
-    def __iter__(self) -> Any:
-        for start in range(0, len(self.states), self.chunks.size):
-            some = slice(start, min(start + self.chunks.size, len(self.states)))
-            states = self.states[some].to(self.dtype)
-            logits = torch.mm(states, self.weight.t(), out=self.buffer[: len(states)])
-            if self.bias is not None:
-                logits.add_(self.bias)
-            yield some, states, self.chunks.transform.apply_(logits).to(self.precise)
+    def inputs(self, some: slice) -> Tensor:
+        """States of a chunk, in the type of the product."""
+        return self.states[some].to(self.dtype)
+
+    def __call__(self, some: slice) -> Tensor:
+        """Logits of a chunk, until those of another are asked for."""
+        states = self.inputs(some)
+        if self._buffer is None:
+            rows = min(self.chunks.size, len(self.states))
+            self._buffer = states.new_empty(rows, len(self.weight))
+        logits = torch.mm(states, self.weight.t(), out=self._buffer[: len(states)])
+        if self.bias is not None:
+            logits.add_(self.bias)
+        return self.chunks.transform.apply_(logits).to(self.precise)
 
 
 class TargetScores(torch.autograd.Function):
@@ -104,19 +114,22 @@ class TargetScores(torch.autograd.Function):
         lowered = torch.is_autocast_enabled(kind) and states.dtype != torch.float64
         dtype = torch.get_autocast_dtype(kind) if lowered else states.dtype
         frozen = not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
-        ahead = ctx.needs_input_grad[0] and frozen and chunks.transform.softcap is None
+        capped = chunks.transform.softcap is not None
+        ahead = ctx.needs_input_grad[0] and frozen and not capped
         precise = torch.promote_types(dtype, torch.float32)
         scores, totals = (torch.empty(len(targets), dtype=precise, device=states.device) for _ in range(2))
         squares = torch.empty_like(scores) if chunks.squares else None
         slopes = torch.empty_like(states) if ahead else None
+        last: tuple[Tensor, Tensor] | None = None
         with torch.autocast(kind, enabled=False):
             logits = _Logits(states, weight, bias, chunks, dtype)
-            for some, _, each in logits:
-                ids = targets[some, None]
+            for some in logits.slices:
+                each, ids = logits(some), targets[some, None]
                 highest = each.amax(dim=-1)
                 own = each.gather(-1, ids)[:, 0] - highest
                 odds = each.sub_(highest[:, None]).exp_()
                 total = odds.sum(dim=-1)
+                last = odds, total
                 scores[some] = own - total.log()
                 totals[some] = highest + total.log()
                 if squares is not None:
@@ -129,6 +142,8 @@ class TargetScores(torch.autograd.Function):
             ctx.save_for_backward(slopes)
         else:
             ctx.save_for_backward(states, weight, bias, targets, totals)
+            # For one backward pass, which writes over it; another computes it again.
+            ctx.last = None if capped else last
         if squares is not None:
             ctx.mark_non_differentiable(squares)
         return scores, squares
@@ -146,22 +161,30 @@ class TargetScores(torch.autograd.Function):
         of_states = torch.empty_like(states)
         of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         of_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        share = None if ctx.last is None else ctx.last[0].div_(ctx.last[1][:, None])
+        ctx.last = None
         with torch.autocast(states.device.type, enabled=False):
             logits = _Logits(states, weight, bias, ctx.chunks, ctx.dtype)
-            for some, inputs, each in logits:
-                steep = None if transform.softcap is None else 1 - (each / transform.softcap).square_()
-                share = each.sub_(totals[some, None]).exp_()
+            for some in reversed(logits.slices):
+                steep = None
+                if share is None:
+                    each = logits(some)
+                    if transform.softcap is not None:
+                        steep = 1 - (each / transform.softcap).square_()
+                    share = each.sub_(totals[some, None]).exp_()
                 own = _less_one(share, targets[some, None]).mul_(-transform.scale * slope[some, None])
+                share = None
                 if steep is not None:
                     own.mul_(steep)
                 low = own.to(ctx.dtype)
                 of_states[some] = (low @ logits.weight).to(states.dtype)
                 if of_weight is not None and of_weight.dtype == ctx.dtype:
-                    torch.addmm(of_weight, low.t(), inputs, out=of_weight)
+                    torch.addmm(of_weight, low.t(), logits.inputs(some), out=of_weight)
                 elif of_weight is not None:
-                    of_weight.add_(low.t() @ inputs)
+                    of_weight.add_(low.t() @ logits.inputs(some))
                 if of_bias is not None:
                     of_bias.add_(own.sum(dim=0))
+                del own, low
         return of_states, of_weight, of_bias, None, None
 
 

@@ -24,9 +24,9 @@ from torch.utils.checkpoint import checkpoint
 
 from align.head import Chunks, HeadTransform, target_scores
 
-LOGITS_PER_CHUNK = 2**24
-"""Elements of one chunk's logits: 64 MiB in float32."""
-MORE_ON_GPUS = 8
+LOGITS_PER_CHUNK = 2**25
+"""Elements of one chunk's logits: 128 MiB in float32."""
+MORE_ON_GPUS = 4
 """Times as many there: every chunk reads the whole head, and that must be little beside what is computed with it."""
 
 

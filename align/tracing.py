@@ -23,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from align.forward import causal_lm
+from align.head import HeadTransform
 from data.pack import PackedBatch
 
 FEW = (1, 2)
@@ -49,6 +51,8 @@ class Traced:
     backward_head: float
     logits: float
     """Bytes of all that is as wide as the vocabulary, for one chunk."""
+    head: float
+    """Operations of a position's logits, where all positions but those of one chunk take them again going back."""
     parameters: float
     trained: float
     parameter_bytes: float
@@ -259,6 +263,7 @@ def trace(
                 found = model(packed=batch)
             forward, watch.phase = watch.flops, "backward"
             (found["values"] if "values" in found else found["logps"]).sum().backward()
+    again = "logps" in found and vocabulary is not None and _head_is_trained(model)
     return Traced(
         forward_flops=float(forward),
         total_flops=float(watch.flops),
@@ -266,11 +271,19 @@ def trace(
         calls=float(watch.calls),
         **watch.peaks,
         logits=float(watch.most_logits),
+        head=2.0 * vocabulary * config.get_text_config().hidden_size if again and vocabulary else 0.0,
         parameters=float(sum(number for number, _, _ in sizes)),
         trained=float(sum(number for number, _, grad in sizes if grad)),
         parameter_bytes=weights,
         trained_bytes=float(sum(size for _, size, grad in sizes if grad)),
     )
+
+
+def _head_is_trained(model: nn.Module) -> bool:
+    """And its logits not capped: then none are kept."""
+    inner = causal_lm(model)
+    capped = HeadTransform.of(inner.config.get_text_config()).softcap is not None
+    return not capped and any(each.requires_grad for each in inner.get_output_embeddings().parameters())
 
 
 @contextlib.contextmanager

@@ -25,8 +25,8 @@ UNSURE = re.compile(r"\\[bBAGZzK]|\(\?[<=!]|[\^$]")
 AT_SPACES = r"\s+(?!\S)"
 """The exception: it looks behind a run of spaces, never behind a word."""
 PROBE = (
-    "It's a Test of we'll THEY'RE x Y z aB cD, 12 apples cost 3.50 each (or so) and\n\nHuman: what do\tyou  mean by it? I"
-    " don't know a thing... Café cafe\u0301 naïve 你好 ok then yes рус no https://a.b/c d \n  def f(x): return x if"
+    "It's a Test of we'll THEY'RE x Y z aB cD, 12 apples cost 3.50 each (or so) and\n\nHuman: what do\tyou  mean by it?"
+    " I don't know a thing... Café cafe\u0301 naïve 你好 ok then yes рус no https://a.b/c d \n  def f(x): return x if"
     " y else None  # done now\r\n\r\nAssistant: sure thing"
 )
 

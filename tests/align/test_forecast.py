@@ -228,7 +228,7 @@ def test_rows_are_extrapolated_exactly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, checkpointing: bool, device: str
 ):
     """Copies of weights and their gradients do not grow with the rows; logits do up to a chunk, which is of 10
-    positions on CPUs and of 80 on GPUs. Two rows are traced of twenty like them."""
+    positions on CPUs and of 40 on GPUs. Two rows are traced of twenty like them."""
     save_model(tmp_path / "model")
     long_rows(tmp_path, 2)
     words_ = words(tmp_path, f"--model.dtype={kind}" if kind != "lora" else "--lora.r=4", "--token_budget=1024")
@@ -239,7 +239,7 @@ def test_rows_are_extrapolated_exactly(
     monkeypatch.setattr(logps, "LOGITS_PER_CHUNK", 10 * 96)
     found, none = forecasting._of_rows(recipe, config, plan, table, rows, dtype, torch.device(device), share=True)
     if device == "cuda":  # what is traced lies on a CPU
-        monkeypatch.setattr(logps, "LOGITS_PER_CHUNK", 80 * 96)
+        monkeypatch.setattr(logps, "LOGITS_PER_CHUNK", 40 * 96)
     batch = pack(table, rows, share=True, kind="pack", counts={})
     make = partial(skeleton, recipe)
     whole = trace(config, batch, make=make, dtype=dtype, checkpointing=checkpointing)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from align.head import Chunks, HeadTransform, target_scores
+from align.head import Chunks, HeadTransform, _Logits, target_scores
 
 RESPONSES, HIDDEN, VOCABULARY = 7, 5, 11
 TRANSFORMS = (
@@ -93,7 +93,7 @@ def test_under_autocast_products_are_in_its_type(frozen: bool):
 
 
 def test_nothing_as_wide_as_the_vocabulary_is_kept():
-    """But the slopes of a head that is trained, which its optimizer asks for."""
+    """But one chunk, and the slopes of a head that is trained, which its optimizer asks for."""
     wide = 4096
     states, weight = torch.randn(64, 8, requires_grad=True), torch.randn(wide, 8)
     chunks = Chunks(size=4, transform=HeadTransform(), squares=False)
@@ -102,6 +102,36 @@ def test_nothing_as_wide_as_the_vocabulary_is_kept():
         target_scores(states, weight, None, torch.zeros(64, dtype=torch.long), chunks)
         target_scores(states, weight.requires_grad_(), None, torch.zeros(64, dtype=torch.long), chunks)
     assert set(kept) == {64 * 8, weight.numel(), 64}
+
+
+@pytest.mark.parametrize(
+    ("transform", "again"), [(HeadTransform(), False), (HeadTransform(softcap=3.0), True)], ids=str
+)
+@pytest.mark.parametrize("size", [1, 3, 7, 100])
+def test_logits_of_the_last_chunk_are_not_computed_again(
+    transform: HeadTransform, again: bool, size: int, monkeypatch: pytest.MonkeyPatch
+):
+    """For the first backward pass; a second one gives the same."""
+    computed: list[int] = []
+    logits = _Logits.__call__
+
+    def counted(self: _Logits, some: slice) -> Tensor:
+        computed.append(some.stop - some.start)
+        return logits(self, some)
+
+    monkeypatch.setattr(_Logits, "__call__", counted)
+    given = inputs(bias=True, frozen=False)
+    trained = [each for each in given if each is not None and each.requires_grad]
+    found, _ = target_scores(*given, Chunks(size=size, transform=transform, squares=False))
+    assert sum(computed) == RESPONSES
+    assert computed[-1] == min(size, RESPONSES)  # a full one, whatever the number
+    first = torch.autograd.grad(found.sum(), trained, retain_graph=True)
+    left = RESPONSES if again else max(RESPONSES - size, 0)
+    assert sum(computed) == RESPONSES + left
+    second = torch.autograd.grad(found.sum(), trained)
+    assert sum(computed) == 2 * RESPONSES + left
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
 
 def test_nothing_to_score():
