@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
+from align.lifetime import is_ours
+
 
 def tell(line: str) -> None:
     """Writes a line of its own to stderr, where progress bars may stand and other processes write too."""
@@ -24,11 +26,14 @@ def many_imports() -> Iterator[None]:
     """For a block that imports large libraries for the whole run.
 
     They make some million objects that stay. Python would look through them again and again for garbage while they are
-    made, which takes a second.
+    made, which takes a second, and later, which takes another. In a process of our own it never does: some libraries
+    complain about what is left when Python is taken apart, which ``leave`` does without.
     """
     gc.disable()
     try:
         yield
+        if is_ours():
+            gc.freeze()
     finally:
         gc.enable()
 

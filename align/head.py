@@ -159,7 +159,7 @@ class TargetScores(torch.autograd.Function):
         states, weight, bias, targets, totals = ctx.saved_tensors
         transform: HeadTransform = ctx.chunks.transform
         of_states = torch.empty_like(states)
-        of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] and not len(states) else None
         of_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         share = None if ctx.last is None else ctx.last[0].div_(ctx.last[1][:, None])
         ctx.last = None
@@ -182,6 +182,8 @@ class TargetScores(torch.autograd.Function):
                     torch.addmm(of_weight, low.t(), logits.inputs(some), out=of_weight)
                 elif of_weight is not None:
                     of_weight.add_(low.t() @ logits.inputs(some))
+                elif ctx.needs_input_grad[1]:
+                    of_weight = (low.t() @ logits.inputs(some)).to(weight.dtype)
                 if of_bias is not None:
                     of_bias.add_(own.sum(dim=0))
                 del own, low

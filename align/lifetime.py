@@ -5,7 +5,7 @@ SIGTERM   the step under way is finished, a checkpoint written, and the run ends
 silence   after ``train.ddp_timeout`` seconds without progress each process says which one it waited for, and in
           what, and ends with status 74: what waits inside a collective operation can't be told otherwise
 
-``leave`` is how one of several processes ends.
+``leave`` is how a process of ours ends.
 """
 
 from __future__ import annotations
@@ -148,17 +148,31 @@ def watchdog(limit: float) -> Watchdog | None:
     return Watchdog(dist.get_rank(), dist.get_world_size(), limit, store)
 
 
-def leave(status: int) -> NoReturn:
-    """Ends this process: at once where it has worked with others, after what was registered for its end.
+_alone = [False]
 
-    A thread of gloo's may be the last to hold a tensor of the last collective operation. When it lets go of it while
-    Python takes itself apart, the process aborts (pytorch/pytorch#190489), and all that was done counts as failed.
+
+def take_over() -> None:
+    """Says that this process runs nothing besides us, and will end by ``leave``."""
+    _alone[0] = True
+
+
+def is_ours() -> bool:
+    """Whether ``take_over`` was called."""
+    return _alone[0]
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process after what was registered for its end, without taking Python and its libraries apart.
+
+    That would take two seconds. And a thread of gloo's may be the last to hold a tensor of the last collective
+    operation: when it lets go of it while Python takes itself apart, the process aborts (pytorch/pytorch#190489), and
+    all that was done counts as failed. A process that a profiler or a debugger watches ends as any other, so that they
+    see its end.
 
     Args:
         status: its exit status.
     """
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_initialized():
+    if sys.gettrace() is not None or sys.getprofile() is not None:
         sys.exit(status)
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as Python's own end does
     atexit._run_exitfuncs()

@@ -22,7 +22,7 @@ from align import settings
 from align.console import many_imports, quiet_libraries, tell
 from align.errors import RecipeError, RunError
 from align.keys import Schema
-from align.lifetime import SAVED, Preempted, leave
+from align.lifetime import SAVED, Preempted, leave, take_over
 from align.recipe import Recipe, read_recipe
 from data.errors import DataError
 
@@ -245,4 +245,5 @@ def watched(trainer: Any, limit: float) -> Iterator[None]:
 
 
 if __name__ == "__main__":
+    take_over()
     leave(main())

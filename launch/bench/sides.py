@@ -96,7 +96,10 @@ def ours(options: argparse.Namespace, clock: Clock) -> list[float]:
     from peft import get_peft_model_state_dict
     from transformers import trainer
 
+    from align.lifetime import take_over
     from align.train import main as train
+
+    take_over()
 
     def keep_adapter(model: Any) -> None:
         if options.lora:
@@ -203,6 +206,10 @@ def main() -> None:
     }  # fmt: skip
     sys.stdout.flush()
     print("RESULT " + json.dumps(result), flush=True)
+    if options.side == "ours":  # as the command line ends
+        from align.lifetime import leave
+
+        leave(0)
 
 
 if __name__ == "__main__":

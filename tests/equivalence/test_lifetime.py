@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from align.lifetime import HUNG, SAVED, Watchdog, leave
+from align.lifetime import HUNG, SAVED, Watchdog
 from align.saving import STARTED, alone_in
 from align.train import main
 from tests.equivalence.test_resume import after_a_crash, command, lines, same_lines
@@ -402,7 +402,37 @@ def test_a_process_that_leaves_others_does_not_abort(tmp_path: Path, how: str):
     assert [each[1] for each in told] == ["", ""]
 
 
-def test_a_process_alone_leaves_as_any_other(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
-    with pytest.raises(SystemExit, match="3"):
-        leave(3)
+ALONE = """
+import atexit, gc, sys, threading
+from align.console import many_imports
+from align.lifetime import leave, take_over
+
+how = sys.argv[1]
+if how != "guest":
+    take_over()
+with many_imports():
+    import yaml
+print("frozen" if gc.get_freeze_count() else "not frozen")
+atexit.register(print, "registered")
+threading.Timer(0.1, print, ["waited for"]).start()
+if how == "watched":
+    sys.setprofile(lambda *arguments: None)
+try:
+    leave(7)
+except SystemExit:
+    print("as any other")
+    raise
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("alone", ["frozen", "waited for", "registered"]),
+        ("guest", ["not frozen", "waited for", "registered"]),
+        ("watched", ["frozen", "as any other", "waited for", "registered"]),
+    ],
+)
+def test_what_a_process_does_before_it_leaves(how: str, said: list[str]):
+    done = subprocess.run([sys.executable, "-c", ALONE, how], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines(), done.stderr) == (7, said, "")
