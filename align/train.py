@@ -22,7 +22,7 @@ from align import settings
 from align.console import many_imports, quiet_libraries, tell
 from align.errors import RecipeError, RunError
 from align.keys import Schema
-from align.lifetime import SAVED, Preempted, leave, take_over
+from align.lifetime import SAVED, Preempted, is_ours, leave, take_over
 from align.recipe import Recipe, read_recipe
 from data.errors import DataError
 
@@ -126,7 +126,11 @@ def _run(recipe: Recipe, command: str, measure: Measure | None, only_plan: bool,
     with many_imports() if "align.build" not in sys.modules else contextlib.nullcontext():
         quiet_libraries()
         keep_freed_memory()
-        from align import assemble, density, engines, resume, saving, support
+        from align import engines
+
+        if is_ours() and not engines.launched().startswith("zero"):
+            sys.modules.setdefault("deepspeed", None)  # type: ignore[arg-type]  # accelerate imports what is installed
+        from align import assemble, density, resume, saving, support
         from align import model as models
         from align.build import build
         from align.forecast import ForecastError, look_ahead, most_memory

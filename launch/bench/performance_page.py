@@ -38,7 +38,8 @@ STYLE = (
 
 def label(setup: Setup) -> str:
     """A comparison in a few words."""
-    return f"{setup.case}, {setup.shape}{', LoRA' if setup.lora else ''}"
+    rows = f", {setup.steps * setup.batch} rows" if setup.whole else ""
+    return f"{setup.case}, {setup.shape}{', LoRA' if setup.lora else ''}{rows}"
 
 
 def bars(title: str, unit: str, groups: Sequence[tuple[str, dict[str, tuple[float, float, float]]]]) -> str:

@@ -64,7 +64,7 @@ TABLE = (
     Setup(case="hh", steps=5),
     Setup(case="long", steps=5),
     Setup(case="tpo", steps=5),
-    Setup(case="hh", whole=True, steps=26),
+    Setup(case="hh", whole=True, steps=52),
     Setup(case="long", whole=True, steps=26),
     Setup(case="turns", steps=5),
     Setup(case="unpaired", steps=5),
