@@ -7,11 +7,15 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from align.lifetime import is_ours
+
+if TYPE_CHECKING:
+    from align.recipe import Recipe
 
 
 def tell(line: str) -> None:
@@ -36,6 +40,27 @@ def many_imports() -> Iterator[None]:
             gc.freeze()
     finally:
         gc.enable()
+
+
+def idle_libraries(recipe: Recipe, engine: str) -> list[str]:
+    """Libraries that a run has no use for, and that accelerate and peft import wherever they are installed.
+
+    Args:
+        recipe: the run's.
+        engine: as ``align.engines.launched`` tells.
+    """
+    idle = [] if engine.startswith("zero") else ["deepspeed"]
+    # Weights that are trained are not quantized; the base of an adapter may be, as its checkpoint says.
+    whole = recipe.lora is None and recipe.reference.model == "initial" and not recipe.model.trust_remote_code
+    if whole and (recipe.train.optim.startswith("adamw_torch") or recipe.train.optim in ("sgd", "adafactor")):
+        idle.append("bitsandbytes")
+    return idle
+
+
+def hide(names: Iterable[str]) -> None:
+    """Makes libraries that were not imported yet look as if they were not installed, for as long as this process is."""
+    for name in names:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
 def quiet_libraries() -> None:

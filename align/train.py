@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from align import settings
-from align.console import many_imports, quiet_libraries, tell
+from align.console import hide, idle_libraries, many_imports, quiet_libraries, tell
 from align.errors import RecipeError, RunError
 from align.keys import Schema
 from align.lifetime import SAVED, Preempted, is_ours, leave, take_over
@@ -128,8 +128,8 @@ def _run(recipe: Recipe, command: str, measure: Measure | None, only_plan: bool,
         keep_freed_memory()
         from align import engines
 
-        if is_ours() and not engines.launched().startswith("zero"):
-            sys.modules.setdefault("deepspeed", None)  # type: ignore[arg-type]  # accelerate imports what is installed
+        if is_ours():
+            hide(idle_libraries(recipe, engines.launched()))
         from align import assemble, density, resume, saving, support
         from align import model as models
         from align.build import build

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -18,7 +19,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from align.console import idle_libraries
 from align.lifetime import HUNG, SAVED, Watchdog
+from align.recipe import read_recipe
 from align.saving import STARTED, alone_in
 from align.train import main
 from tests.equivalence.test_resume import after_a_crash, command, lines, same_lines
@@ -436,3 +439,42 @@ except SystemExit:
 def test_what_a_process_does_before_it_leaves(how: str, said: list[str]):
     done = subprocess.run([sys.executable, "-c", ALONE, how], cwd=REPOSITORY, capture_output=True, text=True)
     assert (done.returncode, done.stdout.splitlines(), done.stderr) == (7, said, "")
+
+
+@pytest.mark.parametrize(
+    ("engine", "words", "idle"),
+    [
+        ("single", [], {"deepspeed", "bitsandbytes"}),
+        ("fsdp2", [], {"deepspeed", "bitsandbytes"}),
+        ("zero2", [], {"bitsandbytes"}),
+        ("single", ["--optim=adamw_bnb_8bit"], {"deepspeed"}),
+        ("single", ["--optim=paged_adamw_32bit"], {"deepspeed"}),
+        ("single", ["--lora.r=4"], {"deepspeed"}),
+        ("single", ["--reference.model=another", "--reference.source=live"], {"deepspeed"}),
+        ("single", ["--trust_remote_code=true"], {"deepspeed"}),
+    ],
+)
+def test_libraries_that_a_run_has_no_use_for(folder: Path, engine: str, words: list[str], idle: set[str]):
+    recipe = read_recipe(None, command(folder, "run", *words))
+    assert set(idle_libraries(recipe, engine)) == idle
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "hidden"),
+    [([], {"deepspeed", "bitsandbytes"}), (["--optim=adamw_bnb_8bit"], {"deepspeed"})],
+)
+def test_they_are_not_imported(folder: Path, words: list[str], hidden: set[str]):
+    """And those that it has a use for are, where they are installed."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "align/train.py", *command(folder, "run", *words), "--plan"],
+        cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    # By their modules: a name stands there too where somebody only tried.
+    begun = {name.partition(".")[0] for name in imported if "." in name}
+    assert "peft" in begun
+    assert not begun & hidden
+    wanted = {name for name in ("bitsandbytes",) if name not in hidden and importlib.util.find_spec(name)}
+    assert wanted <= begun
