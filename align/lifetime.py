@@ -151,14 +151,30 @@ def watchdog(limit: float) -> Watchdog | None:
 _alone = [False]
 
 
-def take_over() -> None:
-    """Says that this process runs nothing besides us, and will end by ``leave``."""
+def alone(main: Callable[[], int]) -> NoReturn:
+    """Runs ``main`` in a process that runs nothing besides, which ends by ``leave``.
+
+    Args:
+        main: gives the exit status, which is 1 after an exception that nobody caught; it is shown as ever.
+    """
     _alone[0] = True
+    try:
+        status = main()
+    except Exception as error:
+        if _watched():
+            raise
+        sys.excepthook(type(error), error, error.__traceback__)
+        status = 1
+    leave(status)
 
 
 def is_ours() -> bool:
-    """Whether ``take_over`` was called."""
+    """Whether this process runs nothing besides us, and will end by ``leave``."""
     return _alone[0]
+
+
+def _watched() -> bool:
+    return sys.gettrace() is not None or sys.getprofile() is not None
 
 
 def leave(status: int) -> NoReturn:
@@ -172,7 +188,7 @@ def leave(status: int) -> NoReturn:
     Args:
         status: its exit status.
     """
-    if sys.gettrace() is not None or sys.getprofile() is not None:
+    if _watched():
         sys.exit(status)
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as Python's own end does
     atexit._run_exitfuncs()

@@ -374,12 +374,20 @@ def check_before_loading(recipe: Recipe, config: PretrainedConfig) -> None:
     """What can be known of model, adapter and reference without a weight.
 
     Raises:
-        RunError: this machine can't train with the attention that is asked for, the adapter to go on from or the
-            reference is not there, or a module that ``lora`` names is not in the model.
+        RunError: this machine can't train with the attention that is asked for, the checkpoint is quantized and there
+            is no adapter, the adapter to go on from or the reference is not there, or a module that ``lora`` names is
+            not in the model.
     """
     attention(recipe.model, config)
     if recipe.model.quantized and importlib.util.find_spec("bitsandbytes") is None:
         raise RunError("model.load_in_4bit and load_in_8bit need bitsandbytes; pip install 'bitsandbytes>=0.50'")
+    kept = getattr(config, "quantization_config", None)
+    method = kept.get("quant_method") if isinstance(kept, dict) else getattr(kept, "quant_method", None)
+    if recipe.lora is None and method == "bitsandbytes":
+        raise RunError(
+            f"model.model_name_or_path {recipe.model.model_name_or_path!r} holds weights in few bits (bitsandbytes), "
+            "which can't be trained themselves; add a lora section, or name the model that they were made of"
+        )
     values = recipe.mixture.needs.values
     if values:
         with_head(config, values, recipe.model.model_name_or_path)

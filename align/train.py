@@ -22,7 +22,7 @@ from align import settings
 from align.console import hide, idle_libraries, many_imports, quiet_libraries, tell
 from align.errors import RecipeError, RunError
 from align.keys import Schema
-from align.lifetime import SAVED, Preempted, is_ours, leave, take_over
+from align.lifetime import SAVED, Preempted, alone, is_ours
 from align.recipe import Recipe, read_recipe
 from data.errors import DataError
 
@@ -249,5 +249,4 @@ def watched(trainer: Any, limit: float) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    take_over()
-    leave(main())
+    alone(main)

@@ -96,10 +96,7 @@ def ours(options: argparse.Namespace, clock: Clock) -> list[float]:
     from peft import get_peft_model_state_dict
     from transformers import trainer
 
-    from align.lifetime import take_over
     from align.train import main as train
-
-    take_over()
 
     def keep_adapter(model: Any) -> None:
         if options.lora:
@@ -184,7 +181,7 @@ def trl(options: argparse.Namespace, clock: Clock) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def main() -> None:
+def main() -> int:
     """Runs the side and prints what it did."""
     parser = argparse.ArgumentParser()
     parser.add_argument("side", choices=("plan", "ours", "trl", "trl-best"))
@@ -206,11 +203,12 @@ def main() -> None:
     }  # fmt: skip
     sys.stdout.flush()
     print("RESULT " + json.dumps(result), flush=True)
-    if options.side == "ours":  # as the command line ends
-        from align.lifetime import leave
-
-        leave(0)
+    return 0
 
 
 if __name__ == "__main__":
+    if "ours" in sys.argv[1:2]:  # as the command line does
+        from align.lifetime import alone
+
+        alone(main)
     main()

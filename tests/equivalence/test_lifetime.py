@@ -408,20 +408,24 @@ def test_a_process_that_leaves_others_does_not_abort(tmp_path: Path, how: str):
 ALONE = """
 import atexit, gc, sys, threading
 from align.console import many_imports
-from align.lifetime import leave, take_over
+from align.lifetime import alone, leave
 
 how = sys.argv[1]
-if how != "guest":
-    take_over()
-with many_imports():
-    import yaml
-print("frozen" if gc.get_freeze_count() else "not frozen")
-atexit.register(print, "registered")
-threading.Timer(0.1, print, ["waited for"]).start()
-if how == "watched":
-    sys.setprofile(lambda *arguments: None)
+
+def main():
+    with many_imports():
+        import yaml
+    print("frozen" if gc.get_freeze_count() else "not frozen")
+    atexit.register(print, "registered")
+    threading.Timer(0.1, print, ["waited for"]).start()
+    if how == "watched":
+        sys.setprofile(lambda *arguments: None)
+    if how == "broken":
+        raise LookupError("nobody caught")
+    return 7
+
 try:
-    leave(7)
+    leave(main()) if how == "guest" else alone(main)
 except SystemExit:
     print("as any other")
     raise
@@ -429,16 +433,21 @@ except SystemExit:
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("how", "status", "said"),
     [
-        ("alone", ["frozen", "waited for", "registered"]),
-        ("guest", ["not frozen", "waited for", "registered"]),
-        ("watched", ["frozen", "as any other", "waited for", "registered"]),
+        ("alone", 7, ["frozen", "waited for", "registered"]),
+        ("guest", 7, ["not frozen", "waited for", "registered"]),
+        ("watched", 7, ["frozen", "as any other", "waited for", "registered"]),
+        ("broken", 1, ["frozen", "waited for", "registered"]),
     ],
 )
-def test_what_a_process_does_before_it_leaves(how: str, said: list[str]):
+def test_what_a_process_does_before_it_leaves(how: str, status: int, said: list[str]):
     done = subprocess.run([sys.executable, "-c", ALONE, how], cwd=REPOSITORY, capture_output=True, text=True)
-    assert (done.returncode, done.stdout.splitlines(), done.stderr) == (7, said, "")
+    assert (done.returncode, done.stdout.splitlines()) == (status, said)
+    if how == "broken":
+        assert "LookupError: nobody caught" in done.stderr
+    else:
+        assert done.stderr == ""
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,16 @@ def change_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Calla
     return rewrite
 
 
+def change_config(**values: Any) -> Callable[[], object]:
+    """Keys of the model's configuration."""
+
+    def change() -> None:
+        path = Path("model/config.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return change
+
+
 def an_encoder() -> None:
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     BertForMaskedLM(BertConfig(vocab_size=260, **shape)).save_pretrained("bert")

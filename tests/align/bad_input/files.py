@@ -15,6 +15,7 @@ from tests.align.bad_input.case import (
     a_larger_tokenizer,
     a_tokenizer_without_end,
     an_encoder,
+    change_config,
     change_weights,
     chats,
     cut_in_half,
@@ -226,6 +227,11 @@ MODELS = [
         name="weights cut off",
         arrange=cut_in_half("model/model.safetensors"),
         says=["model/model.safetensors is damaged", "copy or download the model again"],
+    ),
+    Case(
+        name="weights in four bits and no adapter",
+        arrange=change_config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        says=["'./model' holds weights in few bits (bitsandbytes)", "add a lora section"],
     ),
     Case(
         name="a shard missing",
