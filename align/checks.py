@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from align.engines import discarded_gradients, steps_in_backward
 from align.errors import RunError
+from align.fused import fuse, plain, unfuse
 from data.loader import PlannedBatches
 from data.pack import PROMPT, PackedBatch, pack
 from data.store import TokenTable
@@ -87,6 +88,8 @@ COMPILES = frozenset({"cuda"})
 def choose_path(model: nn.Module, table: TokenTable, dtype: torch.dtype, device: torch.device) -> tuple[bool, Check]:
     """Scores one real row both ways and trusts shared prompts only where they agree with the model's own forward.
 
+    The latter is computed without fused modules; where they are to blame, the model goes on without them.
+
     Args:
         model: bound, on ``device``, not wrapped.
         table: training rows.
@@ -95,37 +98,51 @@ def choose_path(model: nn.Module, table: TokenTable, dtype: torch.dtype, device:
     Returns:
         Whether responses may share their prompt, and what was found.
     """
-    row, flats = _middle_row(table), []
+    row = _middle_row(table)
     low = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    def scored(share: bool) -> Tensor:
+        batch = pack(table, [row], share=share, counts={}).to(device)
+        backward = share and device.type in COMPILES
+        with low, torch.set_grad_enabled(backward):
+            numbers = _numbers(model(packed=batch))
+        if backward:
+            numbers.sum().backward()
+        return numbers.detach()
+
     with undisturbed(model):
         model.eval()
-        for share in (False, True):
-            batch = pack(table, [row], share=share, counts={}).to(device)
-            backward = share and device.type in COMPILES
-            try:
-                with low, torch.set_grad_enabled(backward):
-                    numbers = _numbers(model(packed=batch))
-                if backward:
-                    numbers.sum().backward()
-                flats.append(numbers.detach())
-            except Exception as error:
-                if not share:
-                    raise RunError(f"the model can't score a row: {_short(error)}") from error
-                # Whatever this architecture can't do with our masks, its own forward still can.
-                return False, _fallback(f"{type(error).__name__}: {_short(error)}")
-    if not bool(flats[0].isfinite().all()):
-        raise RunError(
-            "the model gives log-probs that are not finite before any training; check its weights, model.dtype and, "
-            "with lora.use_dora, that no weight has rows of zeros"
-        )
-    agree, worst = _agree(flats, dtype)
-    if not agree:
-        return False, _fallback(f"log-probs differ by up to {worst:.2g} nats in a token")
+        try:
+            with plain():
+                separate = scored(share=False)
+        except Exception as error:
+            raise RunError(f"the model can't score a row: {_short(error)}") from error
+        if not bool(separate.isfinite().all()):
+            raise RunError(
+                "the model gives log-probs that are not finite before any training; check its weights, model.dtype "
+                "and, with lora.use_dora, that no weight has rows of zeros"
+            )
+        worst, reason = _apart(separate, lambda: scored(share=True), dtype)
+        if reason is not None and unfuse(model):
+            worst, reason = _apart(separate, lambda: scored(share=True), dtype)
+            if reason is not None:  # they were not to blame
+                fuse(model)
+    if reason is not None:
+        return False, _fallback(reason)
     return True, Check(
         check="shared prompts equal separate sequences",
         passed=True,
         detail=f"log-probs of one row differ by at most {worst:.1e} nats in a token",
     )
+
+
+def _apart(separate: Tensor, shared: Callable[[], Tensor], dtype: torch.dtype) -> tuple[float, str | None]:
+    """How far two computations are apart at most, and in what way too far."""
+    try:
+        agree, worst = _agree((separate, shared()), dtype)
+    except Exception as error:  # whatever this architecture can't do with our masks, its own forward still can
+        return math.nan, f"{type(error).__name__}: {_short(error)}"
+    return worst, None if agree else f"log-probs differ by up to {worst:.2g} nats in a token"
 
 
 def check_path(trainer: ObjectiveTrainer, dtype: torch.dtype) -> Check:
@@ -136,8 +153,10 @@ def check_path(trainer: ObjectiveTrainer, dtype: torch.dtype) -> Check:
     """
     table = trainer.batches.table
     row = _middle_row(table)
-    flats = [_numbers(trainer.score(pack(table, [row], share=share, counts={}))) for share in (False, True)]
-    agree, worst = _agree(flats, dtype)
+    with plain():
+        separate = _numbers(trainer.score(pack(table, [row], share=False, counts={})))
+    shared = _numbers(trainer.score(pack(table, [row], share=True, counts={})))
+    agree, worst = _agree((separate, shared), dtype)
     if not agree:
         raise RunError(
             f"with shared prompts log-probs differ by up to {worst:.2g} nats in a token on this engine; set "

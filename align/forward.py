@@ -2,7 +2,7 @@
 
 ``bind`` gives a model a second way to be called, ``model(packed=batch)``. Everything from embeddings to log-probs then
 happens inside that one call, which is what data-parallel and sharding engines wrap. Called in any other way the model
-is what it was, so generation and saving do not notice.
+is what it was, but for the last bits of its numbers (``align.fused``), so generation and saving do not notice.
 
 Two paths, one result:
   shared    prompts once, the backbone with our masks, only response positions through the chunked head;
@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from align.engines import launched, shards_weights
+from align.fused import fuse
 from align.head import HeadTransform
 from align.logps import PLAIN, Head, HeadExtras, chunked_scores, head_parameters
 from align.masks import masks_for
@@ -27,20 +28,26 @@ from data.pack import PADDING, PROMPT, PackedBatch
 
 
 def bind(model: nn.Module) -> None:
-    """Lets ``model(packed=batch)`` return log-probs (see ``score``) and, with ``embed=True``, embeddings of prompts."""
-    original = model.forward
+    """Lets ``model(packed=batch)`` return log-probs (see ``score``) and, with ``embed=True``, embeddings of prompts.
+
+    Norms, rotations and adapters are fused (``align.fused``), which holds for any call.
+    """
+    bound = model.forward
+    # Of whichever model it is called on, so that copies compute with weights of their own.
+    original: Any = getattr(bound, "__func__", lambda _, *arguments, **options: bound(*arguments, **options))
 
     def forward(
         self: nn.Module, *arguments: Any, packed: PackedBatch | None = None, embed: bool = False, **options: Any
     ) -> Any:
         if packed is None:
-            return original(*arguments, **options)
+            return original(self, *arguments, **options)
         return embed_prompts(self, packed) if embed else score(self, packed, **options)
 
     model.forward = MethodType(forward, model)  # type: ignore[method-assign]
     outputs = getattr(causal_lm(model), "get_output_embeddings", lambda: None)()
     if outputs is not None:
         _bind_head(outputs)
+    fuse(model)
 
 
 def _bind_head(outputs: nn.Module) -> None:

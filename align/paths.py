@@ -12,6 +12,7 @@ from align import checks
 from align import model as models
 from align.errors import RunError
 from align.forward import causal_lm
+from align.fused import unfuse
 from align.sections import ModelSection
 from data.store import TokenTable
 
@@ -54,6 +55,7 @@ def choose_path(
             return True, dataclasses.replace(check, detail=check.detail + more)
         reasons.append(f"{way}: {check.detail}")
     assert check is not None
+    unfuse(model)  # what is said is that responses go through the model's own forward
     return share, check
 
 

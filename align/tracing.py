@@ -166,6 +166,7 @@ def _grouped(left: Tensor, right: Tensor, *_: Any, **__: Any) -> int:
 
 
 ON_CPUS = {
+    torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
     torch.ops.aten._grouped_mm: _grouped,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,

@@ -246,7 +246,8 @@ def test_rows_are_extrapolated_exactly(
     for name in ("logits", "activations", "total_flops", "trained_bytes"):
         assert getattr(found, name) == pytest.approx(getattr(whole, name), rel=0.02), name
     copied = 2 * 3 * OF_LAYER if kind == "bfloat16" else 0
-    assert copied <= none.forward < 1.3 * copied + 1e4
+    # The most is in use before the last layer's last copies are made, with many rows.
+    assert 0.9 * copied <= none.forward < 1.3 * copied + 1e4
 
 
 @pytest.mark.slow

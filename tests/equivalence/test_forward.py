@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from align import logps
+from align import fused, logps
 from align.assemble import BLOCK
 from align.checks import choose_path
 from align.forward import bind, causal_lm, dense, router_weight
@@ -22,14 +22,18 @@ LEGS = ("chosen", "rejected", "gold")
 
 
 def plainly(model, table, rows):
-    """Every (row, leg) by itself through the model's own forward: summed weighted log-probs, and the router's loss."""
+    """Every (row, leg) by itself through the model's own forward: summed weighted log-probs, and the router's loss.
+
+    Nothing is fused.
+    """
     total, values = 0.0, {}
     for leg in LEGS:
         for row in rows:
             ids = torch.from_numpy(np.concatenate([table.prompts[row], table.legs[leg][row]])).long()[None]
             start = len(table.prompts[row])
             options = {"output_router_logits": True} if router_weight(model.config) else {}
-            output = model(input_ids=ids, use_cache=False, **options)
+            with fused.plain():
+                output = model(input_ids=ids, use_cache=False, **options)
             scored = torch.log_softmax(output.logits[0, start - 1 : -1], -1).gather(-1, ids[0, start:, None])[:, 0]
             values[leg, row] = scored
             total = total + (scored * token_weights(len(scored))).sum()
